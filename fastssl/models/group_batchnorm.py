@@ -30,14 +30,15 @@ class BatchNorms:
     Attributes:
         complete: whether all layers with statistics of a batch take them by group; otherwise groups need passes of
             their own.
-        groups: of the rows that go through the layers now; 0: no pass runs, and the layers are the ordinary ones.
+        groups: of the rows that go through the layers now; 0: they are taken whole. None: no pass runs, and the layers
+            are the ordinary ones.
     """
 
     def __init__(self, network: nn.Module):
         """Let all ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d`` of ``network`` do so, in place:
         a layer only changes its class.
         """
-        self.complete, self.groups = True, 0
+        self.complete = True
         number = 0
         for layer in network.modules():
             if type(layer) in _BY_GROUP and layer.momentum is not None:
@@ -54,12 +55,12 @@ class BatchNorms:
 
     def forget(self) -> None:
         """No pass runs, and none is remembered."""
-        self.groups = 0
+        self.groups: int | None = None
         self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
 
     def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor] = ()) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""
-        self._taken.setdefault(layer.number, []).append((layer, self.groups, statistics))
+        self._taken.setdefault(layer.number, []).append((layer, self.groups or 1, statistics))
 
     @torch.no_grad()
     def count(self, views: int) -> None:
@@ -104,11 +105,11 @@ class GroupBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         norms = self.norms
-        if not self.training or not norms.groups:
+        if not self.training or norms.groups is None:
             return super().forward(input)
         self._check_input_dim(input)
         tracked = self.running_mean is not None
-        if norms.groups == 1:
+        if not norms.groups:
             running = (self.running_mean, self.running_var) if tracked else (None, None)
             output = functional.batch_norm(input, *running, self.weight, self.bias, True, self.momentum, self.eps)
             if tracked:

@@ -75,7 +75,7 @@ def test_one_pass_is_a_pass_for_each_group(arch: str) -> None:
         assert (mine.grad - other.grad).norm() <= 1e-6 * other.grad.norm() + 1e-9, name
     assert network.state_dict().keys() == twin.state_dict().keys()
     for (name, mine), other in zip(network.named_buffers(), twin.buffers()):
-        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_float32_agrees_to_a_millionth_and_without_groups_to_the_bit() -> None:
@@ -93,11 +93,12 @@ def test_views_of_two_sizes_and_layers_of_two_momenta() -> None:
     network = encoder(dtype=torch.float64)
     next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)).momentum = 0.4
     twin = copy.deepcopy(network)
-    images = [pictures(8, 32, torch.float64), pictures(12, 16, torch.float64)]
-    torch.testing.assert_close(network(images, groups=10, views=5), pass_by_pass(twin, images, 10, 5))
+    images = [pictures(8, 32, torch.float64), pictures(12, 16, torch.float64), pictures(4, 8, torch.float64)]
+    torch.testing.assert_close(network(images, groups=12, views=6), pass_by_pass(twin, images, 12, 6))
+    torch.testing.assert_close(network(images, groups=6, views=6), pass_by_pass(twin, images, 6, 6))  # one of 8 pixels
     for mine, other in zip(network.buffers(), twin.buffers()):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
-    assert int(network.projector[1].num_batches_tracked) == 10
+    assert int(network.projector[1].num_batches_tracked) == 18
 
 
 def test_other_layers_that_look_at_a_batch_get_a_pass_for_each_group() -> None:
@@ -144,12 +145,12 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [1, 3])
 def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> None:
     network = encoder()
     with Launches() as launches, torch.no_grad():
@@ -157,7 +158,7 @@ def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> No
     names = launches.names
     assert names["add_.Tensor"] == 0 and names["_foreach_add_.ScalarList"] == 1
     assert (names["_foreach_mul_.Scalar"], names["_foreach_add_.List"]) == ((0, 0) if groups == 1 else (1, 1))
-    assert int(network.backbone.bn1.num_batches_tracked) == (2 if groups == 1 else 4)
+    assert int(network.backbone.bn1.num_batches_tracked) == max(2, groups)
     assert int(network.projector[1].num_batches_tracked) == groups
 
 
@@ -198,7 +199,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     before = {name: value.clone() for name, value in network.named_buffers()}
     with pytest.raises(RuntimeError):
         network([pictures(4), torch.zeros(4, 1, 32, 32)], groups=2)
-    assert network.norms.groups == 0
+    assert network.norms.groups is None
     network(pictures(4), groups=2)
     assert int(network.backbone.bn1.num_batches_tracked) == int(before["backbone.bn1.num_batches_tracked"]) + 2
 
