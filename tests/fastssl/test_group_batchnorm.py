@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.methods.base import Encoder, new_encoder
-from fastssl.models import group_batchnorm
 from fastssl.models.backbones import create_backbone
 from fastssl.models.group_batchnorm import (
     backward_in_turn,
     backward_together,
+    compiled,
     forward_in_turn,
     forward_together,
+    not_compiled,
     ordinary_batchnorm,
 )
 from fastssl.models.heads import ProjectorConfig
@@ -238,9 +239,11 @@ def test_a_compiled_network_is_one_graph_for_all_steps() -> None:
             graphs.append(graph)
             return graph
 
-        compiled = torch.compile(network, backend=backend, dynamic=False, fullgraph=True)
+        form = torch.compile(network, backend=backend, dynamic=False, fullgraph=True)
         for _ in range(3):
-            outputs = [form(pictures(4, dtype=torch.float64), groups=2, views=2) for form in (compiled, twin)]
+            outputs = [
+                network_form(pictures(4, dtype=torch.float64), groups=2, views=2) for network_form in (form, twin)
+            ]
             torch.testing.assert_close(*outputs)
             for output in outputs:
                 output[:, 0].sum().backward()
@@ -259,7 +262,7 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
         return call
 
     monkeypatch.setattr(torch, "compile", fails)
-    function = Compiled(forward_together, otherwise=forward_in_turn)
+    function = Compiled(forward_together, forward_in_turn)
     input = torch.randn(4, 3)
     output = torch.empty_like(input)
     function(output, input, None, None, 2, 1e-5)
@@ -271,22 +274,23 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(forward_together, otherwise=forward_in_turn)(output, input, None, None, 2, 1e-5)
+        Compiled(forward_together, forward_in_turn)(output, input, None, None, 2, 1e-5)
 
 
 @pytest.mark.slow
 def test_the_compiled_kernels_compute_the_same() -> None:
     """By Inductor for this CPU; the same functions are compiled for a GPU."""
     torch.manual_seed(0)
+    forward, backward = compiled(forward_together, forward_in_turn), compiled(backward_together, backward_in_turn)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for shape in ((8, 16, 5, 5), (16, 8, 7, 7), (24, 32)):
             input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             weight, bias = torch.randn(2, shape[1])
             outputs = torch.empty_like(input), torch.empty_like(input)
-            kept = group_batchnorm.FORWARD(outputs[0], input, weight, bias, 4, 1e-5)
+            kept = forward(outputs[0], input, weight, bias, 4, 1e-5)
             torch.testing.assert_close(kept, tuple(forward_in_turn(outputs[1], input, weight, bias, 4, 1e-5)))
             torch.testing.assert_close(*outputs, rtol=bound, atol=bound)
-            found = group_batchnorm.BACKWARD(grad, input, weight, kept[0], kept[2])
+            found = backward(grad, input, weight, kept[0], kept[2])
             wanted = backward_in_turn(grad, input, weight, kept[0], kept[2])
             torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
-    assert not group_batchnorm.FORWARD.reason and not group_batchnorm.BACKWARD.reason
+    assert not_compiled() == ""
