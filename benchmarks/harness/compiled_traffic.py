@@ -67,7 +67,7 @@ def counting_compile(counter: Counter) -> Iterator[None]:
     def compiled(model: Any = None, **options: Any) -> Any:
         if model is None:
             return partial(compiled, **options)
-        function = real(model, **{**options, "backend": backend, "mode": None})
+        function = real(model, **{**options, "backend": backend, "mode": None, "dynamic": False})
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -81,6 +81,8 @@ def counting_compile(counter: Counter) -> Iterator[None]:
         patch.object(scheduler, "has_triton", lambda **_: True),
         patch.object(compile_fx, "_check_triton_bf16_support", lambda graph: None),
         config.patch(_NOTHING_TRIED),
+        # Each size is counted, also of what is compiled once for all sizes.
+        torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000),
     ):
         yield
 

@@ -161,10 +161,10 @@ class Encoder(nn.Module):
             for batch in images:
                 if self.drop is not None:
                     self.drop.first = first
-                self.norms.groups = len(batch) // size if groups > 1 else 1
+                self.norms.groups = len(batch) // size if groups > 1 else 0
                 features.append(self.backbone(batch))
                 first += len(batch)
-            self.norms.groups = groups
+            self.norms.groups = groups if groups > 1 else 0
             embeddings: Tensor = self.projector(features[0] if len(features) == 1 else torch.cat(features))
             self.norms.count(views)
         finally:

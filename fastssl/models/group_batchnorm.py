@@ -12,6 +12,7 @@ their counters, without groups too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ class BatchNorms:
     Attributes:
         complete: whether all layers with statistics of a batch take them by group; otherwise groups need passes of
             their own.
-        groups: of the rows that go through the layers now; 0: no pass runs, and the layers are the ordinary ones.
+        groups: of the rows that go through the layers now; 0: they are taken whole. None: no pass runs, and the layers
+            are the ordinary ones.
     """
 
     def __init__(self, network: nn.Module):
         """Let all ``nn.BatchNorm1d``, ``nn.BatchNorm2d`` and timm's ``BatchNormAct2d`` of ``network`` do so, in place:
         a layer only changes its class.
         """
-        self.complete, self.groups = True, 0
+        self.complete = True
         number = 0
         for layer in network.modules():
             if type(layer) in _BY_GROUP and layer.momentum is not None:
@@ -54,12 +56,12 @@ class BatchNorms:
 
     def forget(self) -> None:
         """No pass runs, and none is remembered."""
-        self.groups = 0
+        self.groups: int | None = None
         self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
 
     def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor] = ()) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""
-        self._taken.setdefault(layer.number, []).append((layer, self.groups, statistics))
+        self._taken.setdefault(layer.number, []).append((layer, self.groups or 1, statistics))
 
     @torch.no_grad()
     def count(self, views: int) -> None:
@@ -104,11 +106,11 @@ class GroupBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         norms = self.norms
-        if not self.training or not norms.groups:
+        if not self.training or norms.groups is None:
             return super().forward(input)
         self._check_input_dim(input)
         tracked = self.running_mean is not None
-        if norms.groups == 1:
+        if not norms.groups:
             running = (self.running_mean, self.running_var) if tracked else (None, None)
             output = functional.batch_norm(input, *running, self.weight, self.bias, True, self.momentum, self.eps)
             if tracked:
@@ -162,7 +164,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         output = torch.empty_like(input)
-        normalise = _chosen(input, FORWARD, forward_together, forward_in_turn)
+        normalise = _chosen(input, forward_together, forward_in_turn)
         mean, variance, invstd = normalise(output, input, weight, bias, groups, eps)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, variance)
@@ -171,17 +173,28 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, invstd = ctx.saved_tensors
-        found = _chosen(input, BACKWARD, backward_together, backward_in_turn)(grad, input, weight, mean, invstd)
+        found = _chosen(input, backward_together, backward_in_turn)(grad, input, weight, mean, invstd)
         return *(found if weight is not None else (found[0], None, None)), None, None
 
 
-def _chosen(input: Tensor, compiled: Compiled, together: Callable, in_turn: Callable) -> Callable:
+#: A function of all groups together, and the same in turn -> the first one compiled.
+compiled = lru_cache(maxsize=None)(Compiled)
+
+
+def _chosen(input: Tensor, together: Callable, in_turn: Callable) -> Callable:
     """Within a compiled network plain operations, which the compiler joins with their neighbours. None of its kernels
     where bits have to stay: it chooses them by the clock.
     """
     if torch.compiler.is_compiling():
         return together
-    return compiled if input.is_cuda and not torch.are_deterministic_algorithms_enabled() else in_turn
+    on_gpu = input.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    return compiled(together, in_turn) if on_gpu else in_turn
+
+
+def not_compiled() -> str:
+    """Why a GPU's groups are normalised in turn; empty: they are not, or there were none yet."""
+    both = compiled(forward_together, forward_in_turn), compiled(backward_together, backward_in_turn)
+    return both[0].reason or both[1].reason
 
 
 def forward_together(
@@ -238,7 +251,3 @@ def backward_in_turn(
 def _of_channels(input: Tensor) -> tuple[int, ...]:
     """The shape by which (C) numbers go with (N, C, ...)."""
     return -1, *[1] * (input.dim() - 2)
-
-
-FORWARD = Compiled(forward_together, otherwise=forward_in_turn)
-BACKWARD = Compiled(backward_together, otherwise=backward_in_turn)

@@ -21,7 +21,7 @@ class Compiled:
         reason: why ``otherwise`` runs; empty while it does not.
     """
 
-    def __init__(self, function: Callable[..., Any], *, otherwise: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], otherwise: Callable[..., Any]):
         self._compiled, self._otherwise, self.reason = torch.compile(function, dynamic=True), otherwise, ""
 
     def __call__(self, *arguments: Any) -> Any:

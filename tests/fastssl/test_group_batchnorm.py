@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.methods.base import Encoder, new_encoder
-from fastssl.models import group_batchnorm
 from fastssl.models.backbones import create_backbone
 from fastssl.models.group_batchnorm import (
     backward_in_turn,
     backward_together,
+    compiled,
     forward_in_turn,
     forward_together,
+    not_compiled,
     ordinary_batchnorm,
 )
 from fastssl.models.heads import ProjectorConfig
@@ -75,7 +76,7 @@ def test_one_pass_is_a_pass_for_each_group(arch: str) -> None:
         assert (mine.grad - other.grad).norm() <= 1e-6 * other.grad.norm() + 1e-9, name
     assert network.state_dict().keys() == twin.state_dict().keys()
     for (name, mine), other in zip(network.named_buffers(), twin.buffers()):
-        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_float32_agrees_to_a_millionth_and_without_groups_to_the_bit() -> None:
@@ -93,11 +94,12 @@ def test_views_of_two_sizes_and_layers_of_two_momenta() -> None:
     network = encoder(dtype=torch.float64)
     next(layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)).momentum = 0.4
     twin = copy.deepcopy(network)
-    images = [pictures(8, 32, torch.float64), pictures(12, 16, torch.float64)]
-    torch.testing.assert_close(network(images, groups=10, views=5), pass_by_pass(twin, images, 10, 5))
+    images = [pictures(8, 32, torch.float64), pictures(12, 16, torch.float64), pictures(4, 8, torch.float64)]
+    torch.testing.assert_close(network(images, groups=12, views=6), pass_by_pass(twin, images, 12, 6))
+    torch.testing.assert_close(network(images, groups=6, views=6), pass_by_pass(twin, images, 6, 6))  # one of 8 pixels
     for mine, other in zip(network.buffers(), twin.buffers()):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
-    assert int(network.projector[1].num_batches_tracked) == 10
+    assert int(network.projector[1].num_batches_tracked) == 18
 
 
 def test_other_layers_that_look_at_a_batch_get_a_pass_for_each_group() -> None:
@@ -144,12 +146,12 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [1, 3])
 def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> None:
     network = encoder()
     with Launches() as launches, torch.no_grad():
@@ -157,7 +159,7 @@ def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> No
     names = launches.names
     assert names["add_.Tensor"] == 0 and names["_foreach_add_.ScalarList"] == 1
     assert (names["_foreach_mul_.Scalar"], names["_foreach_add_.List"]) == ((0, 0) if groups == 1 else (1, 1))
-    assert int(network.backbone.bn1.num_batches_tracked) == (2 if groups == 1 else 4)
+    assert int(network.backbone.bn1.num_batches_tracked) == max(2, groups)
     assert int(network.projector[1].num_batches_tracked) == groups
 
 
@@ -198,7 +200,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     before = {name: value.clone() for name, value in network.named_buffers()}
     with pytest.raises(RuntimeError):
         network([pictures(4), torch.zeros(4, 1, 32, 32)], groups=2)
-    assert network.norms.groups == 0
+    assert network.norms.groups is None
     network(pictures(4), groups=2)
     assert int(network.backbone.bn1.num_batches_tracked) == int(before["backbone.bn1.num_batches_tracked"]) + 2
 
@@ -237,9 +239,11 @@ def test_a_compiled_network_is_one_graph_for_all_steps() -> None:
             graphs.append(graph)
             return graph
 
-        compiled = torch.compile(network, backend=backend, dynamic=False, fullgraph=True)
+        form = torch.compile(network, backend=backend, dynamic=False, fullgraph=True)
         for _ in range(3):
-            outputs = [form(pictures(4, dtype=torch.float64), groups=2, views=2) for form in (compiled, twin)]
+            outputs = [
+                network_form(pictures(4, dtype=torch.float64), groups=2, views=2) for network_form in (form, twin)
+            ]
             torch.testing.assert_close(*outputs)
             for output in outputs:
                 output[:, 0].sum().backward()
@@ -258,7 +262,7 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
         return call
 
     monkeypatch.setattr(torch, "compile", fails)
-    function = Compiled(forward_together, otherwise=forward_in_turn)
+    function = Compiled(forward_together, forward_in_turn)
     input = torch.randn(4, 3)
     output = torch.empty_like(input)
     function(output, input, None, None, 2, 1e-5)
@@ -270,22 +274,23 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(forward_together, otherwise=forward_in_turn)(output, input, None, None, 2, 1e-5)
+        Compiled(forward_together, forward_in_turn)(output, input, None, None, 2, 1e-5)
 
 
 @pytest.mark.slow
 def test_the_compiled_kernels_compute_the_same() -> None:
     """By Inductor for this CPU; the same functions are compiled for a GPU."""
     torch.manual_seed(0)
+    forward, backward = compiled(forward_together, forward_in_turn), compiled(backward_together, backward_in_turn)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for shape in ((8, 16, 5, 5), (16, 8, 7, 7), (24, 32)):
             input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             weight, bias = torch.randn(2, shape[1])
             outputs = torch.empty_like(input), torch.empty_like(input)
-            kept = group_batchnorm.FORWARD(outputs[0], input, weight, bias, 4, 1e-5)
+            kept = forward(outputs[0], input, weight, bias, 4, 1e-5)
             torch.testing.assert_close(kept, tuple(forward_in_turn(outputs[1], input, weight, bias, 4, 1e-5)))
             torch.testing.assert_close(*outputs, rtol=bound, atol=bound)
-            found = group_batchnorm.BACKWARD(grad, input, weight, kept[0], kept[2])
+            found = backward(grad, input, weight, kept[0], kept[2])
             wanted = backward_in_turn(grad, input, weight, kept[0], kept[2])
             torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
-    assert not group_batchnorm.FORWARD.reason and not group_batchnorm.BACKWARD.reason
+    assert not_compiled() == ""
