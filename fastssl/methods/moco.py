@@ -264,10 +264,9 @@ class MoCo(Method):
         before = self._key_stats.before() if self._key_stats else None
         mine = dealt[rank() * own : (rank() + 1) * own]
         # Groups of one size are one pass, unequal ones (of one process) a pass each. index_select keeps channels-last.
-        passes = [torch.cat(mine)] if len({len(rows) for rows in mine}) == 1 else mine
-        keys = gather_rows(
-            torch.cat([self.teach(everyone.index_select(0, rows), groups=len(mine) // len(passes)) for rows in passes])
-        )
+        each = [torch.cat(mine)] if len({len(rows) for rows in mine}) == 1 else mine
+        groups = len(mine) // len(each)
+        keys = gather_rows(torch.cat([self.teach(everyone.index_select(0, rows), groups=groups) for rows in each]))
         if self._key_stats and before is not None:
             self._key_stats.combine(before)
         keys = torch.empty_like(keys).index_copy_(0, torch.cat(dealt), keys)

@@ -77,9 +77,10 @@ class BatchNorms:
             layer = taken[0][0]
             if layer.num_batches_tracked is not None:
                 counters.append((layer.num_batches_tracked, sum(groups for _, groups, _ in taken)))
-            if taken[0][2]:
-                running, found = moves.setdefault(layer.momentum, ([], []))
-                running += [layer.running_mean, layer.running_var]
+            mean, variance = layer.running_mean, layer.running_var
+            if taken[0][2] and mean is not None and variance is not None:
+                running, found = moves.setdefault(layer.momentum or 0.0, ([], []))
+                running += [mean, variance]
                 found += [[statistics[n] for *_, statistics in taken] for n in range(2)]
         if counters:
             torch._foreach_add_(*map(list, zip(*counters)))
@@ -112,7 +113,8 @@ class GroupBatchNorm(_BatchNorm):
         tracked = self.running_mean is not None
         if not norms.groups:
             running = (self.running_mean, self.running_var) if tracked else (None, None)
-            output = functional.batch_norm(input, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            momentum = self.momentum or 0.0
+            output = functional.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
             if tracked:
                 norms.took(self)
         else:

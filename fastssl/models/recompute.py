@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """The blocks in which timm counts this network's depth, in their order; empty where it names none."""
     groups = getattr(backbone, "group_matcher", dict)(coarse=False).get("blocks", [])
-    rules = [rule for rule, _ in groups] if isinstance(groups, list) else [groups]
+    rules: list[str] = [rule for rule, _ in groups] if isinstance(groups, list) else [groups]
     numbered = re.compile("|".join(f"(?:{rule})" for rule in rules if "(" in rule) or "(?!)")
     found: dict[str, nn.Module] = {}
     for name, layer in backbone.named_modules():
@@ -43,6 +43,9 @@ def recompute_blocks(backbone: nn.Module) -> str:
     if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in backbone.modules()):
         return "its dropout would draw other numbers the second time"
     blocks = blocks_of(backbone)
+    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        # What a BatchNorm notes of its first pass is not to be noted of the second; else nothing is compiled.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks:
         block.__class__ = _recomputed(type(block))
     return "" if blocks else "timm names no blocks of this network"

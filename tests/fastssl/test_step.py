@@ -139,8 +139,8 @@ def test_a_network_that_cannot_be_compiled_runs_without_and_says_why(monkeypatch
             super().__init__()
             self.network = network
 
-        def forward(self, images: Tensor, first: int = 0) -> Tensor:
-            self.network(images, first)  # moves the BatchNorms' statistics, which must not stay moved
+        def forward(self, images: Tensor, first: int = 0, **groups: int) -> Tensor:
+            self.network(images, first, **groups)  # moves the BatchNorms' statistics, which must not stay moved
             raise RuntimeError("no compiler\nfound: g++ /tmp/of_somebody/a.cpp")
 
     plain = TrainStep(recipe(), CPU, amp=False, seed=0)
@@ -242,9 +242,7 @@ def test_no_weight_is_cast_inside_the_passes() -> None:
         isinstance(m, (nn.Conv2d, nn.Linear))
         for m in TrainStep(recipe(), CPU, amp=False, seed=0).method.student.modules()
     )
-    assert (
-        casts(False) - casts(True) >= (2 + 4) * layers
-    )  # the student's, there and back, and the teacher's four passes
+    assert casts(False) - casts(True) >= 3 * layers  # the student's, there and back, and the teacher's
 
 
 def test_a_restored_checkpoint_reaches_the_bfloat16_weights() -> None:
@@ -314,11 +312,15 @@ def test_accumulation_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_hold_whole_groups_of_queries_and_change_nothing() -> None:
     """With BatchNorm by view and group a batch cut into parts is the batch: no group is cut."""
     groups = {"moco__bn_by_view": "true", "moco__split_bn_queries": 4}
-    whole, cut = (TrainStep(recipe(**groups, train__accumulate=parts), CPU, amp=False, seed=0) for parts in (1, 2))
-    found, expected = (np.array(train(step, 1)) for step in (cut, whole))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    torch.set_default_dtype(torch.float64)  # groups of two photos let rounding grow
+    try:
+        whole, cut = (TrainStep(recipe(**groups, train__accumulate=parts), CPU, amp=False, seed=0) for parts in (1, 2))
+        found, expected = (np.array(train(step, 1)) for step in (cut, whole))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
     for name, value in cut.method.state_dict().items():
-        torch.testing.assert_close(value, whole.method.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(value, whole.method.state_dict()[name], rtol=1e-6, atol=1e-6, msg=name)
     with pytest.raises(FastSSLError, match=r"train\.accumulate=4 must divide the 2 BatchNorm groups"):
         TrainStep(recipe(**{**groups, "moco__split_bn_queries": 2}, train__accumulate=4), CPU, amp=False, seed=0)
 

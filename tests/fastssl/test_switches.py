@@ -132,8 +132,9 @@ def unmoved(network: nn.Module) -> nn.Module:
 def still(network: nn.Module) -> Callable[..., Tensor]:
     """Statistics that do not move."""
 
-    def call(*inputs: Tensor) -> Tensor:
-        return functional_call(network, {name: value.clone() for name, value in network.named_buffers()}, inputs)
+    def call(*inputs: Tensor, **groups: int) -> Tensor:
+        buffers = {name: value.clone() for name, value in network.named_buffers()}
+        return functional_call(network, buffers, inputs, groups)
 
     return call
 
@@ -141,8 +142,8 @@ def still(network: nn.Module) -> Callable[..., Tensor]:
 def weak(network: nn.Module) -> Callable[..., Tensor]:
     """Half of the gradient."""
 
-    def call(*inputs: Tensor) -> Tensor:
-        output = network(*inputs)
+    def call(*inputs: Tensor, **groups: int) -> Tensor:
+        output = network(*inputs, **groups)
         return output.detach() + 0.5 * (output - output.detach())
 
     return call
