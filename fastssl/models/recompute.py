@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     """The blocks in which timm counts this network's depth, in their order; empty where it names none."""
-    groups = getattr(backbone, "group_matcher", dict)(coarse=False).get("blocks", [])
+    groups: Any = getattr(backbone, "group_matcher", dict)(coarse=False).get("blocks", [])
     rules: list[str] = [rule for rule, _ in groups] if isinstance(groups, list) else [groups]
     numbered = re.compile("|".join(f"(?:{rule})" for rule in rules if "(" in rule) or "(?!)")
     found: dict[str, nn.Module] = {}
@@ -47,7 +47,8 @@ def recompute_blocks(backbone: nn.Module) -> str:
         # What a BatchNorm notes of its first pass is not to be noted of the second; else nothing is compiled.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for block in blocks:
-        block.__class__ = _recomputed(type(block))
+        kind: Any = type(block)
+        block.__class__ = _recomputed(kind)
     return "" if blocks else "timm names no blocks of this network"
 
 
@@ -55,7 +56,7 @@ def recompute_blocks(backbone: nn.Module) -> str:
 def _recomputed(kind: Any) -> type:
     """``kind`` with a forward pass that is made twice where it trains."""
 
-    class Recomputed(kind):  # type: ignore[misc]
+    class Recomputed(kind):
         def forward(self, *inputs: Any) -> Tensor:
             if not (self.training and torch.is_grad_enabled()):
                 result: Tensor = super().forward(*inputs)
