@@ -3,7 +3,7 @@
 #   make pretrain    virtual environment, install, then `fastssl pretrain --arch mobilenetv3_large` on the sample photos
 #   make test        the same environment with the test extras, then the suite but for what is marked slow
 #   make test-all    the whole suite, several files at once; what judges times comes last, alone
-#   make test-engines    of the suite what needs ffcv and DALI: they must be installed (pip install -e '.[ffcv,dali]')
+#   make test-engines    of the suite what needs another engine: all must be installed ('.[ffcv,dali,torchcodec]')
 #   make lint        ruff, mypy, import-linter
 #   make docs        the pages as a site, in build/site
 #   make soak        two hours of what a long run meets: is it steady, does it survive being killed

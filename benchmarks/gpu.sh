@@ -185,12 +185,12 @@ part loader-recipes 50 loader "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[
 ENGINES=()
 ready="$("$PYTHON" -c '
 from fastssl.pipelines.engines.registry import engine_state
-print(*[name for name in ("dali", "ffcv") if not engine_state(name).problem])' 2>/dev/null)"
+print(*[name for name in ("dali", "ffcv", "torchcodec") if not engine_state(name).problem])' 2>/dev/null)"
 for engine in $ready; do ENGINES+=(--pipeline "$engine"); done
 if ((${#ENGINES[@]})); then
     part engines 90 loader "${MAIN[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]}" "${THREADS[@]}" "${ENGINES[@]}" "${SHORT[@]}"
 else
-    say "engines: neither dali nor ffcv is installed"
+    say "engines: none but native is installed"
 fi
 
 part convert 60 convert "${FILES[@]}"

@@ -51,7 +51,12 @@ def test_the_suite_runs_once_without_the_engines_and_then_what_needs_them() -> N
     steps = (ROOT / ".ci/run").read_text()
     order = [
         steps.index(step)
-        for step in ("uninstall --quiet --yes ffcv", "make test-all\n", "'.[test,ffcv,dali]'", "make test-engines")
+        for step in (
+            "uninstall --quiet --yes ffcv",
+            "make test-all\n",
+            "'.[test,ffcv,dali,torchcodec]'",
+            "make test-engines",
+        )
     ]
     assert order == sorted(order)
     assert "|| true" not in steps and "set -euo pipefail" in steps

@@ -18,6 +18,7 @@ from fastssl.benchmarks.harness.report import recipe_table
 from fastssl.benchmarks.harness.table import figure
 from fastssl.config.recipe import recipe_names
 from fastssl.errors import FastSSLError, counted
+from fastssl.pipelines.engines.base import PIPELINES
 
 _PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -91,7 +92,7 @@ def loader_table(records: Iterable[Record]) -> str:
             found.setdefault(details["loader"], {})[details["part"]] = record
     lines = ["| loader | decode, 2 antialiased crops, flip | MoCo-v2's whole augmentation |", "| --- | --- | --- |"]
     for name, parts in found.items():
-        ours = f"**fastssl {name}**" if name in ("native", "dali", "ffcv") else name
+        ours = f"**fastssl {name}**" if name in PIPELINES else name
         lines.append(f"| {ours} | {_beside(parts.get('crops'))} | {_beside(parts.get('augmented'))} |")
     return "\n".join(lines) + "\n"
 

@@ -118,7 +118,7 @@ json_option = click.option(
 )
 
 #: fastssl.pipelines.engines.base.PIPELINES, written out: that module loads torch, which --help should not wait for.
-PIPELINES = ("auto", "native", "dali", "ffcv")
+PIPELINES = ("auto", "native", "dali", "ffcv", "torchcodec")
 
 pipeline_option = click.option(
     "--pipeline",

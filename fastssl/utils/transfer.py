@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from numpy.typing import NDArray
@@ -18,3 +19,13 @@ def to_device(table: NDArray, device: torch.device) -> Tensor:
 def pinned_bytes(size: float) -> int:
     """What torch takes for ``size`` bytes of pinned memory: the next power of two."""
     return 1 << (math.ceil(size) - 1).bit_length()
+
+
+def take_over(tensors: Sequence[Tensor], made: torch.cuda.Event, device: torch.device) -> None:
+    """Let the current stream read ``tensors``, which another one has written by the time of ``made``. The host does not
+    wait.
+    """
+    current = torch.cuda.current_stream(device)
+    current.wait_event(made)
+    for tensor in tensors:  # the allocator could else hand their memory on while it is being read
+        tensor.record_stream(current)

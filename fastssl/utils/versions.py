@@ -15,7 +15,8 @@ import torch
 from fastssl._version import __version__
 from fastssl.utils.cores import available_cores
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow", "ffcv", "nvidia-dali-cuda130")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow")
+_PACKAGES += ("ffcv", "nvidia-dali-cuda130", "torchcodec")
 
 
 def describe_versions() -> dict[str, str]:

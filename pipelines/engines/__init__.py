@@ -1,1 +1,1 @@
-"""native, DALI, FFCV: three renderers of the same plan."""
+"""native, DALI, FFCV, TorchCodec: renderers of the same plan."""

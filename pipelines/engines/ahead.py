@@ -16,17 +16,10 @@ from torch import Tensor
 
 from fastssl.errors import BetonError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import (
-    Engine,
-    EngineSettings,
-    Rendered,
-    Request,
-    batch_name,
-    take_over,
-    thread_initializer,
-)
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.engines.damaged import SampleCheck
 from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.utils.transfer import take_over
 
 _Drawn = tuple[Request, list[np.ndarray], float]
 _Made = tuple[Rendered, torch.cuda.Event | None, float]
@@ -44,12 +37,8 @@ class AheadEngine(Engine):
         super().__init__(reader, specs, settings)
         self._check = SampleCheck(reader, self.on_bad, self.stats, self._threads(self.workers, f"{self.name}-check"))
         self._drawer = self._threads(1, f"{self.name}-plan")
-        at_device = thread_initializer(self.device)
-        self._renderer = self._threads(1, self.name, lambda: (at_device(), self._begin_thread())[1])
+        self._renderer = self._threads(1, self.name, thread_initializer(self.device))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-
-    def _begin_thread(self) -> None:
-        """What the rendering thread calls first."""
 
     @abstractmethod
     def _views(self, request: Request, encoded: list[np.ndarray]) -> list[Tensor]:

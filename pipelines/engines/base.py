@@ -26,7 +26,7 @@ from fastssl.utils.cores import available_cores
 from fastssl.utils.deadline import STALL_MINUTES, Deadline
 
 #: The engines, and who chooses one.
-PIPELINES = ("auto", "native", "dali", "ffcv")
+PIPELINES = ("auto", "native", "dali", "ffcv", "torchcodec")
 _CHOICES = {"pipeline": PIPELINES, "crops": ("auto", "host", "device"), "on_bad": ("fail", "skip")}
 
 
@@ -111,16 +111,6 @@ def thread_initializer(device: torch.device) -> Callable[[], None]:
     if device.type != "cuda":
         return lambda: None
     return partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
-
-
-def take_over(tensors: Sequence[Tensor], made: torch.cuda.Event, device: torch.device) -> None:
-    """Let the current stream read ``tensors``, which another one has written by the time of ``made``. The host does not
-    wait.
-    """
-    current = torch.cuda.current_stream(device)
-    current.wait_event(made)
-    for tensor in tensors:  # the allocator could else hand their memory on while it is being read
-        tensor.record_stream(current)
 
 
 @dataclass
@@ -225,5 +215,6 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]: ...
 
-    @abstractmethod
-    def _free(self) -> None: ...
+    def _free(self) -> None:
+        """Let go of what takes memory."""
+        self._pools.clear()

@@ -109,9 +109,6 @@ class FfcvEngine(AheadEngine):
         super().__init__(reader, specs, replace(settings, workers=min(settings.workers, most)))
         self._loader: Loader | None = None
 
-    def _begin_thread(self) -> None:
-        numba.set_num_threads(self.workers)
-
     def _run(self, requests: Iterator[Callable[[], Request]]) -> Generator[Rendered, None, None]:
         if self._loader is None:
             self._loader = self._open()
@@ -126,6 +123,7 @@ class FfcvEngine(AheadEngine):
     def _views(self, request: Request, encoded: list[np.ndarray]) -> list[Tensor]:
         # FFCV maps the file, and what is cut off of a map would end the process.
         self.reader.require_whole()
+        numba.set_num_threads(self.workers)  # of this thread
         with _COMPILED_LOOP:
             views = self._ffcv.run_pipeline(0, _table(request), 0, None)[0]
         groups, left, pin = [], iter(views), self._stream is not None

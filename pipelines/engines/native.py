@@ -29,20 +29,12 @@ from torch import Tensor
 
 from fastssl.errors import BetonError, JpegError, at_work_on
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.engines.base import (
-    Engine,
-    EngineSettings,
-    Rendered,
-    Request,
-    batch_name,
-    take_over,
-    thread_initializer,
-)
+from fastssl.pipelines.engines.base import Engine, EngineSettings, Rendered, Request, batch_name, thread_initializer
 from fastssl.pipelines.engines.damaged import give_places
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
 from fastssl.pipelines.ops.memory import ThreadMemory
 from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.transfer import pinned_bytes
+from fastssl.utils.transfer import pinned_bytes, take_over
 
 
 class _Slot:

@@ -19,8 +19,15 @@ from fastssl.pipelines.plan.draw import ViewSpec
 #: DALI's mean difference to the other engines grows as views shrink: 0.2 grey levels at 32 px, 0.4 at 16, 1.0 at 8.
 _DALI_SMALLEST = 16
 
+#: The module and the distribution that each stands on, and what to type.
+_NEEDS = {
+    "dali": ("nvidia.dali", "nvidia-dali-cuda"),
+    "ffcv": ("ffcv", "ffcv"),
+    "torchcodec": ("torchcodec.decoders", "torchcodec"),
+}
 _HOW = {
     "dali": "pip install -e '.[dali]' where fastssl was checked out",
+    "torchcodec": "pip install -e '.[torchcodec]' where fastssl was checked out",
     "ffcv": "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++ make, then pip install -e '.[ffcv]' where "
     "fastssl was checked out",
 }
@@ -42,12 +49,12 @@ def engine_state(name: str) -> EngineState:
     """Try the engine's imports, which takes some hundred milliseconds each."""
     if name == "native":
         return EngineState(name, f"simplejpeg {importlib.metadata.version('simplejpeg')}")
-    package, version = ("ffcv", _version("ffcv")) if name == "ffcv" else ("nvidia.dali", _version("nvidia-dali-cuda"))
+    package, version = _NEEDS[name][0], _version(_NEEDS[name][1])
     try:
         importlib.import_module(package)
     except Exception as error:  # whatever a half-installed extension module raises
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-        missing = isinstance(error, ModuleNotFoundError) and error.name in ("ffcv", "nvidia", "nvidia.dali")
+        missing = isinstance(error, ModuleNotFoundError) and f"{package}.".startswith(f"{error.name}.")
         problem = "not installed" if missing else f"installed, but does not load ({said})"
         return EngineState(name, version, problem, _HOW[name])
     return EngineState(name, version)
@@ -93,17 +100,14 @@ def require_engine(name: str, reader: BetonReader, specs: Sequence[ViewSpec]) ->
     if name == "ffcv" and (files := len(reader.files)) > 1:
         maps = f"FFCV maps one file, and these are {files:,}"
         raise FastSSLError(f"--pipeline ffcv: {reader.path}: {maps}; use --pipeline native")
-    if name == "dali":
-        if raw := int((reader.take("modes", reader.some()) == MODE_RAW).sum()):
-            stored = f"{counted(raw, 'picture')} of it stored raw"
-            raise FastSSLError(f"{reader.path}: {stored}, which DALI cannot decode; use --pipeline native")
-        smallest = min(spec.size for spec in specs)
-        if smallest < _DALI_SMALLEST:
-            raise FastSSLError(
-                f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats the pixels "
-                "at the border of a crop, which at such sizes is no longer what the other engines give; use --pipeline "
-                "native"
-            )
+    if name != "ffcv" and (raw := int((reader.take("modes", reader.some()) == MODE_RAW).sum())):
+        stored = f"{counted(raw, 'picture')} of it stored raw"
+        raise FastSSLError(f"{reader.path}: {stored}, which {name} cannot decode; use --pipeline native")
+    if name == "dali" and (smallest := min(spec.size for spec in specs)) < _DALI_SMALLEST:
+        raise FastSSLError(
+            f"--pipeline dali: views of {smallest} px are below {_DALI_SMALLEST}; DALI's resize repeats the pixels at "
+            "the border of a crop, which at such sizes is no longer what the other engines give; use --pipeline native"
+        )
 
 
 def open_engine(reader: BetonReader, specs: Sequence[ViewSpec], settings: EngineSettings) -> Engine:

@@ -50,7 +50,7 @@ MUST = [
 REST = ["train-recipes", "train-local", "loader-local", "loader-recipes"]
 pytestmark = pytest.mark.engines
 
-ENGINES = [name for name in ("dali", "ffcv") if not engine_state(name).problem]
+ENGINES = [name for name in ("dali", "ffcv", "torchcodec") if not engine_state(name).problem]
 REST += ["engines"] if ENGINES else []
 REST += ["convert", "peers", "views-recipes", "step-compiled-recipes", "step-float32"]
 PARTS = MUST + REST

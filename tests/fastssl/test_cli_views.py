@@ -77,9 +77,10 @@ def test_engines_stand_side_by_side(capsys, beton, tmp_path):
 def test_doctor_lists_the_engines(capsys, tmp_path):
     need_engine("dali")
     need_engine("ffcv")
+    need_engine("torchcodec")
     status, printed, _ = run(capsys, "doctor", "--json", tmp_path / "doctor.json")
     found = json.loads((tmp_path / "doctor.json").read_text())
-    assert status == 0 and [engine["name"] for engine in found["engines"]] == ["native", "dali", "ffcv"]
+    assert status == 0 and [engine["name"] for engine in found["engines"]] == ["native", "dali", "ffcv", "torchcodec"]
     assert all(engine["problem"] is None for engine in found["engines"])
     assert found["auto"]["engine"] == "native" and found["jpeg_hardware"]
     assert "auto        native: " in printed and "dali        ready (nvidia-dali-cuda" in printed

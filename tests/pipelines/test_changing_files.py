@@ -97,7 +97,7 @@ def skip(copy: Path, engine: str, end: int) -> None:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("engine", ["native", "dali"])
+@pytest.mark.parametrize("engine", ["native", "dali", "torchcodec"])
 def test_cut_under_a_running_loader(engine: str, copy: Path) -> None:
     need_engine(engine)
     with BetonReader(copy) as reader:

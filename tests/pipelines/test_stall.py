@@ -67,7 +67,7 @@ class DeadDisk:
 
 @pytest.mark.engines
 @pytest.mark.timed
-@pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
+@pytest.mark.parametrize("engine", ["native", "dali", "ffcv", "torchcodec"])
 def test_a_disk_that_does_not_answer(engine: str, beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_engine(engine)
     disk = DeadDisk(monkeypatch)
@@ -246,7 +246,7 @@ UNEXPECTED = [
 @pytest.mark.engines
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
 @pytest.mark.parametrize(("error", "message"), UNEXPECTED, ids=["memory", "bug"])
-@pytest.mark.parametrize("engine", ["native", "dali", "ffcv"])
+@pytest.mark.parametrize("engine", ["native", "dali", "ffcv", "torchcodec"])
 def test_what_a_thread_throws_reaches_the_consumer(
     engine: str, error: Exception, message: str, on_bad: str, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +282,7 @@ def test_what_a_thread_throws_reaches_the_consumer(
 
 @pytest.mark.engines
 def test_what_the_plan_throws_reaches_the_consumer(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ("native", "dali"):
+    for engine in ("native", "dali", "torchcodec"):
         need_engine(engine)
         with ViewLoader(beton, TWO, 24, pipeline=engine) as loader:
             monkeypatch.setattr(loader, "request", lambda *step: 1 / 0)

@@ -18,7 +18,7 @@ _PEERS_SECONDS = 160.0
 _OF_A_RECIPE = {"recipes": "recipe", "overrides": "set", "device": "device", "pipelines": "pipeline"}
 
 _COUNT = click.IntRange(min=1)
-_ENGINE = click.Choice(["native", "dali", "ffcv"])
+_ENGINE = click.Choice(["native", "dali", "ffcv", "torchcodec"])
 _AMP, _AMP_HELP = click.Choice(["auto", "bf16", "off"]), "bfloat16 autocast; auto: on a GPU."
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _MANY: dict[str, Any] = {"multiple": True}
