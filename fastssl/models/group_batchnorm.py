@@ -165,9 +165,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output = torch.empty_like(input)
         normalise = _chosen(input, forward_together, forward_in_turn)
-        mean, variance, invstd = normalise(output, input, weight, bias, groups, eps)
+        output, mean, variance, invstd = normalise(input, weight, bias, groups, eps)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, variance)
         return output, mean, variance
@@ -200,29 +199,34 @@ def not_compiled() -> str:
 
 
 def forward_together(
-    output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise ``input`` (N, C, ...) into ``output``; mean, unbiased variance and 1 / deviation, (groups, C) each."""
-    wide, shape = at_least_float32(input).unflatten(0, (groups, -1)), _of_channels(input)
-    dims = [1, *range(3, wide.dim())]
-    variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
-    invstd = (variance + eps).rsqrt()
-    normal = (wide - mean) * (invstd if weight is None else invstd * weight.view(shape))
-    output.copy_((normal if bias is None else normal + bias.view(shape)).flatten(0, 1))
-    rows = wide[0, :, 0].numel()
-    return mean.flatten(1), variance.flatten(1) * (rows / (rows - 1)), invstd.flatten(1)
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N, C, ...) -> the same, normalised; mean, unbiased variance and 1 / deviation, (groups, C) each."""
+    wide, shape = at_least_float32(input), _of_channels(input)
+    maps = wide.unflatten(0, (groups, -1))
+    variance, mean = torch.var_mean(maps, [1, *range(3, maps.dim())], correction=0)
+    invstd, rows = (variance + eps).rsqrt(), maps[0, :, 0].numel()
+    # Of each sample. The result is no view, which an activation in place would have to copy.
+    shift, scale = (
+        one.unsqueeze(1).expand(*maps.shape[:3]).flatten(0, 1).unflatten(1, shape)
+        for one in (mean, invstd if weight is None else invstd * weight)
+    )
+    output = (wide - shift) * scale
+    output = output if bias is None else output + bias.view(shape)
+    return output.to(input.dtype), mean, variance * (rows / (rows - 1)), invstd
 
 
 def forward_in_turn(
-    output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``forward_together`` by torch's own kernels, one group after the other."""
+    output = torch.empty_like(input)
     mean, variance, unused, invstd = at_least_float32(input[:0]).new_zeros(4, groups, input.shape[1])
     for n, (group, place) in enumerate(zip(input.chunk(groups), output.chunk(groups))):
         # With a momentum of 1 the running statistics become those of the group.
         running, out = (mean[n], variance[n]), (place, unused[n], invstd[n])
         torch.native_batch_norm(group, weight, bias, *running, True, 1.0, eps, out=out)
-    return mean, variance, invstd
+    return output, mean, variance, invstd
 
 
 def backward_together(
@@ -236,7 +240,8 @@ def backward_together(
     to_bias, to_weight = grads.sum(dims, keepdim=True), (grads * normal).sum(dims, keepdim=True)
     scale = invstd if weight is None else invstd * weight.view(shape)
     to_input = (grads - (to_bias + normal * to_weight) / maps[0, :, 0].numel()) * scale
-    return to_input.flatten(0, 1).to(input.dtype), to_weight.flatten(1).sum(0), to_bias.flatten(1).sum(0)
+    of_affine = torch.stack([to_weight, to_bias]).flatten(2).sum(1)
+    return to_input.flatten(0, 1).to(input.dtype), *of_affine.unbind()
 
 
 def backward_in_turn(

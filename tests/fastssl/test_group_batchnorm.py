@@ -127,16 +127,12 @@ def test_all_groups_together_are_the_groups_in_turn(dtype: torch.dtype, affine: 
     input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     if len(shape) == 4:
         input = input.to(memory_format=torch.channels_last)
-    outputs = [torch.empty_like(input) for _ in range(2)]
-    kept = [
-        normalise(output, input, weight, bias, 3, 1e-3)
-        for normalise, output in zip((forward_together, forward_in_turn), outputs)
-    ]
+    (mine, *kept), (other, *wanted) = (f(input, weight, bias, 3, 1e-3) for f in (forward_together, forward_in_turn))
     bound = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(*outputs, **bound)
-    torch.testing.assert_close(kept[0], tuple(kept[1]))
-    assert all(one.dtype == wide for one in kept[0])
-    mean, _, invstd = kept[1]
+    torch.testing.assert_close(mine, other, **bound)
+    torch.testing.assert_close(kept, wanted)
+    assert all(one.dtype == wide for one in kept) and mine.stride() == other.stride() == input.stride()
+    mean, _, invstd = wanted
     gradients = [of(grad, input, weight, mean, invstd) for of in (backward_together, backward_in_turn)]
     torch.testing.assert_close(*gradients, **bound)
 
@@ -264,8 +260,7 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
     monkeypatch.setattr(torch, "compile", fails)
     function = Compiled(forward_together, forward_in_turn)
     input = torch.randn(4, 3)
-    output = torch.empty_like(input)
-    function(output, input, None, None, 2, 1e-5)
+    output = function(input, None, None, 2, 1e-5)[0]
     torch.testing.assert_close(output.view(2, 2, 3).mean(1), torch.zeros(2, 3))
     assert function.reason == "RuntimeError: no compiler in cc"
 
@@ -274,7 +269,7 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(forward_together, forward_in_turn)(output, input, None, None, 2, 1e-5)
+        Compiled(forward_together, forward_in_turn)(input, None, None, 2, 1e-5)
 
 
 @pytest.mark.slow
@@ -286,11 +281,9 @@ def test_the_compiled_kernels_compute_the_same() -> None:
         for shape in ((8, 16, 5, 5), (16, 8, 7, 7), (24, 32)):
             input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             weight, bias = torch.randn(2, shape[1])
-            outputs = torch.empty_like(input), torch.empty_like(input)
-            kept = forward(outputs[0], input, weight, bias, 4, 1e-5)
-            torch.testing.assert_close(kept, tuple(forward_in_turn(outputs[1], input, weight, bias, 4, 1e-5)))
-            torch.testing.assert_close(*outputs, rtol=bound, atol=bound)
-            found = backward(grad, input, weight, kept[0], kept[2])
-            wanted = backward_in_turn(grad, input, weight, kept[0], kept[2])
-            torch.testing.assert_close(found, wanted, rtol=bound, atol=bound)
+            found, other = (f(input, weight, bias, 4, 1e-5) for f in (forward, forward_in_turn))
+            torch.testing.assert_close(found[0], other[0], rtol=bound, atol=bound)
+            torch.testing.assert_close(found[1:], other[1:])
+            gradients = [f(grad, input, weight, found[1], found[3]) for f in (backward, backward_in_turn)]
+            torch.testing.assert_close(*gradients, rtol=bound, atol=bound)
     assert not_compiled() == ""
