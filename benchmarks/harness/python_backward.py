@@ -69,7 +69,7 @@ def run_backward(
     def give(node: Any, number: int, grad: Tensor | None) -> None:
         if grad is not None:
             like, at = node._input_metadata[number], given[node]
-            grad = grad if grad.shape == like.shape else grad.sum_to_size(like.shape)
+            grad = grad if grad.shape == tuple(like.shape) else grad.sum_to_size(like.shape)
             grad = grad if grad.dtype == like.dtype else grad.to(like.dtype)
             at[number] = at[number] + grad if number in at else grad
 
