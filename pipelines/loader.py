@@ -17,7 +17,8 @@ from fastssl.pipelines.beton.dataset import Data, open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
-from fastssl.pipelines.ops.augment import augment, parameter_table
+from fastssl.pipelines.ops.augment import augment
+from fastssl.pipelines.ops.device_colour import parameter_table
 from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, last_batch, steps_per_epoch
@@ -36,7 +37,7 @@ class Batch:
             device, view-major: rows ``v * B : (v + 1) * B`` are view v of all samples. With ``colour=False`` uint8, as
             they were cropped.
         index, label: (B,) int64 on the host, the samples' ids and labels; -1 where the file has none.
-        tables: with ``colour=False`` what ``augment_device`` wants beside each of ``views``, (count * B, 23) float32 on
+        tables: with ``colour=False`` what ``DeviceColour`` wants beside each of ``views``, (count * B, 23) float32 on
             the loader's device.
     """
 
@@ -66,7 +67,7 @@ class ViewLoader:
             ``shuffle`` it may be kept on one rank alone.
         dtype: of the views.
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
-            ``augment_device`` takes, for a step that does it itself.
+            ``DeviceColour`` takes, for a step that does it itself.
     """
 
     def __init__(

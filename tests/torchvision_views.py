@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from fastssl.pipelines.ops.augment import blur_radius
+from fastssl.pipelines.ops.device_colour import blur_radius
 from fastssl.pipelines.plan.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewSpec
 
 

@@ -18,7 +18,6 @@ from unittest.mock import patch
 
 import torch
 
-import fastssl.training.step as step_module
 from fastssl.benchmarks.harness.compiled_traffic import counting_compile
 from fastssl.benchmarks.harness.fake_cuda import fake_cuda
 from fastssl.benchmarks.harness.records import Record
@@ -28,6 +27,7 @@ from fastssl.benchmarks.suites.step import Step, random_crops
 from fastssl.benchmarks.suites.views import colour_tables
 from fastssl.config.recipe import Recipe
 from fastssl.training.networks import Bf16Weights
+from fastssl.training.step import TrainStep
 
 #: Bytes a second of a large copy, read and written, as they were seen: what a step is held against where no GPU is.
 COPY_RATES = {"H100": 3.0e12, "H200": 4.3e12}
@@ -53,7 +53,7 @@ def count_step(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict
             stack.enter_context(patch.object(owner, attribute, named))
 
         stack.enter_context(counting_compile(counter))
-        part("colour", step_module, "augment_device")
+        part("colour", TrainStep, "coloured")
         part("backward", torch.autograd, "_engine_run_backward")
         part("casts of weights", Bf16Weights, "refresh")
         part("casts of weights", Bf16Weights, "collect_gradients")

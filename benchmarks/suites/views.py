@@ -17,8 +17,9 @@ from torch import Tensor
 from fastssl.benchmarks.harness.records import Record
 from fastssl.benchmarks.harness.setting import RecipeSetting, rates
 from fastssl.benchmarks.harness.timing import copy_limit, largest_share, measure_in_turns
-from fastssl.pipelines.ops.augment import augment, augment_device, parameter_table
+from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_device, crop_resize_host
+from fastssl.pipelines.ops.device_colour import device_colour, parameter_table
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.utils.transfer import to_device
 
@@ -35,8 +36,8 @@ def colouring(
     already, on a CPU by the compiled loops, on one thread.
     """
     if device.type == "cuda":
-        tables = colour_tables(plans, device)
-        return lambda crops: [augment_device(*one, dtype) for one in zip(crops, tables, specs)]
+        tables, colours = colour_tables(plans, device), [device_colour(spec, dtype, device) for spec in specs]
+        return lambda crops: [colour(*given) for colour, *given in zip(colours, crops, tables)]
     rows = [plan.reshape(-1) for plan in plans]
     return lambda crops: [augment(*one, dtype) for one in zip(crops, rows, specs)]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastssl.pipelines.loader import Batch
-from fastssl.pipelines.ops.augment import augment_device
+from fastssl.pipelines.ops.device_colour import DeviceColour
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.json_text import to_json
@@ -30,7 +30,7 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
     ``batch-r.safetensors`` and so on).
 
     The tensors: ``index`` and ``label`` (B,) int64 and ``views.0``, ...: (count * B, 3, S, S), view-major, normalised
-    floats or uint8 crops together with their colour tables ``tables.0``, ... (see ``augment_device``).
+    floats or uint8 crops together with their colour tables ``tables.0``, ... (see ``DeviceColour``).
 
     Args:
         batch: of the step.
@@ -54,7 +54,7 @@ def save_bad_step(folder: Path, batch: Batch, views: Sequence[ViewSpec], *, rank
     groups = batch.views
     if batch.tables:
         triples = zip(batch.views, batch.tables, views)
-        groups = [augment_device(crops, table, spec, torch.float32) for crops, table, spec in triples]
+        groups = [DeviceColour(spec, torch.float32)(crops, table) for crops, table, spec in triples]
     picture = _picture(groups, views, len(batch.index))
     write_atomically(folder / f"views{mine}.png", lambda path: picture.save(path, format="PNG"))
 

@@ -34,7 +34,7 @@ from fastssl.models.pointwise import use_matrix_products
 from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
-from fastssl.pipelines.ops.augment import augment_device
+from fastssl.pipelines.ops.device_colour import device_colour
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
@@ -73,7 +73,7 @@ class TrainStep:
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         left_out: {switch: why it is not tried}, see ``switches.left_out``.
         fallbacks: {switch: why it cannot be used here}; also ``channels_last``, where a network does not keep the
-            layout.
+            layout, and ``compiled colour``.
         checked: {switch: the verdict}, with ``check``.
         state: all that a step changes; ``snapshot`` and ``is_finite`` are its.
         networks: student and, if there is one, teacher in the form that computes: with ``amp`` copies, see
@@ -247,11 +247,7 @@ class TrainStep:
     def _run(self, inputs: StepInputs) -> Tensor:
         views, noise, rates, tables = inputs
         method = self.method
-        if tables:
-            specs = zip(views, tables, self.recipe.views)
-            with torch.no_grad():
-                views = [augment_device(crops, table, spec, self.view_dtype) for crops, table, spec in specs]
-        images = method.images(views)
+        images = method.images(self.coloured(views, tables) if tables else views)
         with self.autocast():
             targets = method.targets(images, noise, rates)
         output = self.parts.backward(
@@ -264,6 +260,14 @@ class TrainStep:
         self.clear_gradients()
         method.after_step(targets, output.pair, rates)
         return output.metrics
+
+    def coloured(self, crops: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
+        """The views of uint8 crops, as ``ViewLoader`` gives them with ``colour=False``."""
+        colours = [device_colour(spec, self.view_dtype, self.device) for spec in self.recipe.views]
+        views = [colour(*given) for colour, *given in zip(colours, crops, tables)]
+        if reasons := [colour.fallback for colour in colours if colour.fallback]:
+            self.fallbacks["compiled colour"] = reasons[0]
+        return views
 
     def _collect_gradients(self) -> None:
         if self.bf16_weights:

@@ -13,14 +13,15 @@ from sklearn.datasets import load_sample_images
 from torchvision_views import torchvision_colour
 
 from fastssl.pipelines.ops import compiled
-from fastssl.pipelines.ops.augment import (
-    augment,
-    augment_device,
-    augment_host,
-    blend,
+from fastssl.pipelines.ops.augment import augment, augment_host
+from fastssl.pipelines.ops.device_colour import (
+    DeviceColour,
     blur_by_matrices,
     blur_matrices,
     blur_radius,
+    blur_taps,
+    device_colour,
+    jitter,
     luminance,
     parameter_table,
     turn_hue,
@@ -62,7 +63,7 @@ def on_device(
     views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """The device driver on CPU tensors."""
-    return augment_device(views, torch.from_numpy(parameter_table(plan)), spec, dtype)
+    return DeviceColour(spec, dtype)(views, torch.from_numpy(parameter_table(plan)))
 
 
 def on_host(views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -191,14 +192,15 @@ def test_hue_of_every_colour() -> None:
 def test_blends_with_factors_outside_zero_to_one_are_clamped() -> None:
     picture = photos(3, 20).float() / 255
     for factor in (0.0, 0.5, 1.0, 2.5):
-        column, grey = torch.full((3, 1), factor), luminance(planes_of(picture))
-        for other, expected in [
-            (torch.zeros_like(column), V2.adjust_brightness(picture, factor)),
-            (grey * (1 - column), V2.adjust_saturation(picture, factor)),
-            (grey.mean(dim=1, keepdim=True) * (1 - column), V2.adjust_contrast(picture, factor)),
+        for place, to_luminance, to_mean, expected in [
+            (0, 0, 0, V2.adjust_brightness(picture, factor)),
+            (2, 1, 0, V2.adjust_saturation(picture, factor)),
+            (5, 0, 1, V2.adjust_contrast(picture, factor)),
         ]:
-            planes = planes_of(picture)
-            blend(planes, column, other)
+            planes, columns = planes_of(picture), torch.tensor([1.0, 0, 0] * 6 + [0] * 5).repeat(3, 1)
+            columns[:, 3 * place : 3 * place + 3] = torch.tensor([1, to_luminance, to_mean]) * (1 - factor)
+            columns[:, 3 * place] = factor
+            jitter(planes, columns.split(1, dim=1), STRONG, mean=None)
             assert (torch.stack(planes, 1).view_as(picture) - expected).abs().max() < 2e-6
     assert torch.allclose(luminance(planes_of(picture)).view(3, 1, 20, 20), V2.rgb_to_grayscale(picture), atol=1e-6)
 
@@ -235,7 +237,9 @@ def test_both_blurs_equal_direct_sums(size: int, radius: int) -> None:
         compiled._blur(mine, compiled._gaussian(float(sigma[k]), radius), half, line)
         assert np.abs(mine.ravel() - expected[k]).max() < 5e-6
     for dtype, tolerance in [(torch.float32, 1e-6), (torch.float16, 0.3 / 255)]:
-        result = blur_by_matrices(plane, blur_matrices(falloff, radius, size, dtype))
+        result = blur_by_matrices(
+            plane.to(dtype), blur_matrices(falloff, *blur_taps(size, radius, falloff.device, dtype))
+        )
         assert result.dtype == torch.float32
         assert np.abs(result.numpy() - expected).max() < tolerance
 
@@ -332,29 +336,27 @@ def test_host_driver_from_several_threads() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_equals_the_host_without_a_sync_and_in_a_graph() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_gpu_equals_the_host_without_a_sync_and_in_a_graph(compiled: bool) -> None:
     spec = replace(STRONG, **RAW, size=64)
     views, plan = photos(64, 64), draw(spec, 64)
     expected = augment_host(views, plan, spec)
-    on_gpu = views.cuda()
-    augment(on_gpu, plan, spec)
+    on_gpu, table = views.cuda(), torch.from_numpy(parameter_table(plan)).cuda()
+    colour = device_colour(spec, torch.float32, on_gpu.device) if compiled else DeviceColour(spec, torch.float32)
+    colour(on_gpu, table)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = augment(on_gpu, plan, spec)
+        result = colour(on_gpu, table)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     error = (result.cpu() - expected).abs()
-    assert (
-        error.mean() < 0.5 / 255
-        and error.quantile(0.999) < 1 / 255
-        and result.is_contiguous(memory_format=torch.channels_last)
-    )
+    assert not colour.fallback and result.is_contiguous(memory_format=torch.channels_last)
+    assert error.mean() < 0.5 / 255 and error.quantile(0.999) < 1 / 255
 
-    table = torch.from_numpy(parameter_table(plan)).cuda()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = augment_device(on_gpu, table, spec)
-    other = draw(spec, 64, seed=1)
-    table.copy_(torch.from_numpy(parameter_table(other)))
+        captured = colour(on_gpu, table)
+    other = torch.from_numpy(parameter_table(draw(spec, 64, seed=1))).cuda()
+    table.copy_(other)
     graph.replay()
-    assert torch.equal(captured, augment(on_gpu, other, spec))
+    assert torch.equal(captured, colour(on_gpu, other))
