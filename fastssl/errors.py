@@ -59,9 +59,8 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has failed: Python's, or torch's, which on a CPU has words for it and no class."""
-    words = ("you tried to allocate", "ALLOC_FAILED")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(word in str(error) for word in words)
+    return named or "you tried to allocate" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def counted(number: int, noun: str) -> str:

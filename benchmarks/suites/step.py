@@ -93,7 +93,7 @@ class Step:
             method.targets(images, noise, self.rates)
         for part in inner.parts.images(images, noise):
             with inner.autocast():
-                embeddings = method.encode(*self._student_pass(part))
+                embeddings = method.embed(part)
             embeddings.sum().backward()
         inner.clear_gradients()
         self.number += 1
@@ -102,17 +102,12 @@ class Step:
         """The networks' least work: the student's pass, its backward pass taken as two more, and the teacher's."""
         itemsize, images = 2 if self.amp else 4, self.method.images(views)
         with self.inner.autocast():
-            found = forward_cost(self.method.student, self._student_pass(images)[0], itemsize) * 3
+            seen = [images[0][self.method.hidden_views * self.batch_size :], *images[1:]]
+            found = forward_cost(self.method.student, seen, itemsize) * 3
             if self.method.teacher is None:
                 return found
-            seen = images[0][: self.method.teacher_views * self.batch_size]
-            return found + forward_cost(self.method.teacher, seen, itemsize)
-
-    def _student_pass(self, images: list[Tensor]) -> tuple[list[Tensor], int]:
-        """What the student's pass is over, of all views of a part of the batch, and how many rows it leaves out."""
-        rows = self.method.views.count * self.batch_size
-        hidden = self.method.hidden_views * self.batch_size * sum(map(len, images)) // rows
-        return [images[0][hidden:], *images[1:]], hidden
+            taught = images[0][: self.method.teacher_views * self.batch_size]
+            return found + forward_cost(self.method.teacher, taught, itemsize)
 
 
 @dataclass

@@ -100,10 +100,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.parts or self.batch_size < 2 * self.parts:
-            raise ValueError(
-                f"accumulate={self.accumulate} must divide the batch of {self.batch_size} into equal parts of at least "
-                "2 samples"
-            )
+            what = f"the batch of {self.batch_size} into equal parts of at least 2 samples"
+            raise ValueError(f"accumulate={self.parts} must divide {what}")
 
     @property
     def parts(self) -> int:

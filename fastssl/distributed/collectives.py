@@ -29,9 +29,7 @@ _alone = False
 
 @contextmanager
 def rehearsed() -> Iterator[None]:
-    """In here each rank is alone: collectives on the device take their memory, and hear this rank's rows from all. For
-    a try that may fail on one rank while another waits for it.
-    """
+    """For a try that may fail on one rank alone: collectives on the device take their memory and hear from this one."""
     global _alone
     _alone = True
     try:
@@ -59,17 +57,13 @@ def world_size() -> int:
 # ---------------------------------------------------------------------- collectives on the device
 
 
-def _all_reduce(tensor: Tensor) -> None:
-    if not _alone:
-        dist.all_reduce(tensor)
-
-
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, in place, without gradient. Returns ``tensor``."""
     if world_size() > 1:
         whole = tensor.contiguous()
-        _all_reduce(whole)
+        if not _alone:
+            dist.all_reduce(whole)
         tensor.copy_(whole)  # nothing where it is the same one
     return tensor
 
@@ -184,7 +178,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         buffer = torch.empty(sum(sizes), dtype=dtype, device=device)
         pieces = [_shaped_like(parameter, piece) for (parameter, _), piece in zip(group, buffer.split(sizes))]
         torch._foreach_copy_(pieces, gradients)
-        _all_reduce(buffer)
+        if not _alone:
+            dist.all_reduce(buffer)
         buffer.div_(size)
         torch._foreach_copy_(gradients, pieces)
 

@@ -231,24 +231,32 @@ class StepOutput:
 
     @property
     def metrics(self) -> Tensor:
-        """(len(METRICS),) float32 without gradient, on the device."""
-        return view_metrics(self.loss, self.entropy, *self.pair, *self.more)
+        """(len(METRICS),) float32 without gradient, on the device: ``loss``; ``kl``, what stands above the entropy;
+        ``alignment``, the mean squared distance of the pair; ``embedding_std`` of its first, 1 where they are spread
+        evenly over the sphere and 0 where all are one point; and ``more``.
+        """
+        first, second = self.pair
+        alignment = (first - second).square().sum(-1).mean()
+        spread = first.std(dim=0).mean() * math.sqrt(first.shape[1])
+        loss = self.loss.detach()
+        return torch.stack([loss, loss - self.entropy, alignment, spread, *self.more]).float()
 
     @classmethod
     def of_parts(cls, parts: Sequence[StepOutput]) -> StepOutput:
-        """That of a batch whose loss is the mean of its equal parts' losses; without gradient."""
-        mean = [
-            sum(values) / len(parts) for values in zip(*((one.loss.detach(), one.entropy, *one.more) for one in parts))
-        ]
+        """That of a batch whose loss is the mean of its equal parts' losses; of several without gradient."""
+        if len(parts) == 1:
+            return parts[0]
+        means = zip(*((one.loss.detach(), one.entropy, *one.more) for one in parts))
+        loss, entropy, *more = (sum(values) / len(parts) for values in means)
         first, second = (torch.cat(views) for views in zip(*(one.pair for one in parts)))
-        return cls(mean[0], mean[1], (first, second), tuple(mean[2:]), parts[0].frozen)
+        return cls(loss, entropy, (first, second), tuple(more), parts[0].frozen)
 
 
 class Method(nn.Module):
     """Base of all methods.
 
     Attributes:
-        METRICS: names of the values in ``StepOutput.metrics``; these four, as ``view_metrics`` gives them, come first.
+        METRICS: names of the values in ``StepOutput.metrics``; these four come first.
         HAS_TEACHER: whether there is a moving average of the student.
         DIVISIBLE: whether a batch's loss is the mean of its parts' losses: parts of it need one pass, others two.
         student, teacher: the network that is trained, and its moving average, or None.
@@ -355,14 +363,3 @@ class Method(nn.Module):
 def new_encoder(backbone: nn.Module, config: ProjectorConfig) -> Encoder:
     """Backbone and projector: images -> unit vectors (N, out)."""
     return Encoder(backbone, Projector(feature_dim(backbone), config))
-
-
-@torch.no_grad()
-def view_metrics(loss: Tensor, entropy: Tensor | float, first: Tensor, second: Tensor, *more: Tensor) -> Tensor:
-    """``loss``; ``kl``, what stands above the target's ``entropy``, the least that it can be; ``alignment``, the mean
-    squared distance of two views' unit vectors (B, D); ``embedding_std`` of the first, 1 where they are spread evenly
-    over the sphere and 0 where all are one point; and ``more``.
-    """
-    alignment = (first - second).square().sum(-1).mean()
-    spread = first.std(dim=0).mean() * math.sqrt(first.shape[1])
-    return torch.stack([loss, loss - entropy, alignment, spread, *more]).float()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
-from fastssl.errors import FastSSLError, is_out_of_memory, without_folders
+from fastssl.errors import FastSSLError, counted, is_out_of_memory, without_folders
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.group_batchnorm import ordinary_batchnorm
@@ -68,7 +69,7 @@ class TrainStep:
 
     Attributes:
         method: the networks, the queue or centre; what is saved.
-        parts: into which the student's pass is cut.
+        parts: into which the student's pass is cut. autocast: makes a context of the networks' precision.
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         left_out: {switch: why it is not tried}, see ``switches.left_out``.
@@ -107,8 +108,8 @@ class TrainStep:
         total, parts = recipe.train.batch_size, recipe.train.parts
         if total % world.size or total // world.size < 2 * parts or total // world.size % parts:
             raise FastSSLError(
-                f"batch of {total}: {world.size} processes with train.accumulate={parts} need equal parts of "
-                "at least 2 samples; --batch-size changes it"
+                f"train.accumulate={parts} and {counted(world.size, 'process')} must divide the batch of {total} into "
+                "equal parts of at least 2 samples; --batch-size changes it"
             )
         groups = recipe.settings.student_groups
         if groups > 1 and groups // world.size % parts:
@@ -130,7 +131,6 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
-        self.parts = Parts(self.method, parts, groups=groups // world.size if groups > 1 else None)
         self.optimizer = create_optimizer(self.method, recipe.optim)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
@@ -141,6 +141,10 @@ class TrainStep:
             for half in self.bf16_weights:  # a hook that knew the step would keep it alive, graph and all
                 self.method.register_load_state_dict_post_hook(lambda *_, half=half: half.refresh())
         self.method.set_forward_modules(*self.networks)
+        self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
+        collect = self.bf16_weights[0].collect_gradients if amp else lambda: None
+        groups = groups // world.size if groups > 1 else 0
+        self.parts = Parts(self.method, parts, groups=groups, autocast=self.autocast, collect=collect)
         self.state = StepState(self.method, self.optimizer, self.bf16_weights)
         self.snapshot, self.is_finite = self.state.snapshot, self.state.is_finite
         self.left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
@@ -185,10 +189,6 @@ class TrainStep:
             found["weight_decay"] = half_cosine(progress, optim.weight_decay, optim.final_weight_decay)
         return {**found, **self.method.rates(step, run)}
 
-    def autocast(self) -> torch.autocast:
-        """The precision of the networks."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
-
     @property
     def view_dtype(self) -> torch.dtype:
         """What views are best given in: the first layer's own input type, so that no pass casts them again."""
@@ -198,7 +198,7 @@ class TrainStep:
         self,
         views: list[Tensor],
         noise: Mapping[str, Tensor],
-        rates: Mapping[str, float | bool],
+        rates: Rates,
         *,
         tables: Sequence[Tensor] = (),
     ) -> Tensor:
@@ -250,9 +250,7 @@ class TrainStep:
         images = method.images(self.coloured(views, tables) if tables else views)
         with self.autocast():
             targets = method.targets(images, noise, rates)
-        output = self.parts.backward(
-            images, targets, noise, rates, autocast=self.autocast, collect=self._collect_gradients
-        )
+        output = self.parts.backward(images, targets, noise, rates)
         for parameter in output.frozen:
             parameter.grad = None
         average_gradients(self._trained)
@@ -268,10 +266,6 @@ class TrainStep:
         if reasons := [colour.fallback for colour in colours if colour.fallback]:
             self.fallbacks["compiled colour"] = reasons[0]
         return views
-
-    def _collect_gradients(self) -> None:
-        if self.bf16_weights:
-            self.bf16_weights[0].collect_gradients()
 
     def update(self, rates: Rates) -> None:
         """Clipping, weight decay and the optimiser's step on the gradients that are there, then the moving average."""

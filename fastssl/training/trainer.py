@@ -22,14 +22,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from fastssl.distributed.collectives import Vote, any_rank, barrier, broadcast_object, gather_objects
-from fastssl.errors import FastSSLError, Interrupted, counted, is_out_of_memory
+from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.runs.checkpoint import has_all_files
 from fastssl.runs.saver import NotSaved
 from fastssl.training.cuda_graph import StepInputs
 from fastssl.training.rollback import NonFiniteGuard, advice
-from fastssl.training.room import no_room
+from fastssl.training.room import make_step_or_say
 from fastssl.training.setup import Setup
 from fastssl.training.step_log import StepLog
 
@@ -84,14 +84,7 @@ def make_step(run: Setup, batch: Batch) -> Tensor:
     position, step, first = run.position, run.step, not run.step.prepared
     run.rates = step.rates(position.step, run.length)
     noise = step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
-    try:
-        metrics = step(batch.views, noise, run.rates, tables=batch.tables)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        metrics = None
-    if metrics is None:  # out here nobody holds what the step took
-        raise no_room(step, StepInputs(batch.views, noise, run.rates, batch.tables))
+    metrics = make_step_or_say(step, StepInputs(batch.views, noise, run.rates, batch.tables))
     run.ring.push(metrics, position.step + 1)
     if first:
         if run.recipe.train.accumulate == "auto":

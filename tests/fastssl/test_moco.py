@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods.base import StepOutput, Views, view_metrics
+from fastssl.methods.base import StepOutput, Views
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim.schedules import RunLength
@@ -142,8 +142,8 @@ def test_teacher_follows_by_the_momentum_and_keeps_its_statistics() -> None:
 def test_collapse_shows_in_the_metrics() -> None:
     same = functional.normalize(torch.ones(B, 8), dim=1)
     spread = functional.normalize(torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    collapsed = view_metrics(torch.tensor(1.0), 0.0, same, same)
-    healthy = view_metrics(torch.tensor(1.0), 0.0, spread, spread)
+    collapsed = StepOutput(torch.tensor(1.0), 0.0, (same, same)).metrics
+    healthy = StepOutput(torch.tensor(1.0), 0.0, (spread, spread)).metrics
     assert float(collapsed[3]) == pytest.approx(0, abs=1e-6) and float(healthy[3]) == pytest.approx(1, abs=0.02)
     assert float(collapsed[2]) == 0
 

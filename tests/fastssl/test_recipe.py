@@ -109,6 +109,8 @@ def test_overrides_reach_every_depth() -> None:
         ("train.epochs=0", r"train\.epochs must be at least 1, got 0$"),
         ("train.compile=1", r"train\.compile must be 'auto', True or False, got '1'$"),
         ("train.accumulate=3", r"train\.accumulate=3 must divide the batch of 128 into equal parts"),
+        ("train.accumulate=some", r"train\.accumulate must be 'auto', got 'some'$"),
+        ("train.accumulate=0", r"train\.accumulate must be at least 1, got 0$"),
         ("optim.lr=true", r"optim\.lr must be a finite number, got True$"),
         ("optim.lr=fast", r"optim\.lr must be a finite number, got 'fast'$"),
         ("arch=3", r"arch must be text, got 3$"),

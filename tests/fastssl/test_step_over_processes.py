@@ -188,7 +188,7 @@ def test_two_processes_are_one(case: str, both: tuple[dict, list[dict]]) -> None
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     from fastssl.distributed.world import World
 
-    with pytest.raises(FastSSLError, match="batch of 16: 3 processes"):
+    with pytest.raises(FastSSLError, match="3 processes must divide the batch of 16"):
         TrainStep(recipe("dino"), CPU, amp=False, seed=0, world=World(0, 3, 0))
 
 

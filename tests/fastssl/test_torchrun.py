@@ -263,7 +263,7 @@ def test_what_cannot_work_ends_all_processes_with_one_reason(beton: Path, tmp_pa
     found = together(beton, tmp_path / "run", processes=3)  # 8 samples a step are not shared out over 3
     assert found.returncode != 0 and time.monotonic() - started < 120
     assert (
-        found.stderr.count("fastssl: batch of 8: 3 processes with train.accumulate=1 need equal parts")
+        found.stderr.count("fastssl: train.accumulate=1 and 3 processes must divide the batch of 8 into equal parts")
         == found.stderr.count("fastssl: ")
         == 1
     )
