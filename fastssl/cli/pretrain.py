@@ -24,12 +24,7 @@ from fastssl.errors import counted, without_folders
     "of a checkpoint to go on from. Where torchrun or Slurm starts a failed run again,"
     " it goes on with what it has made, whatever is said here.",
 )
-@click.option(
-    "--check",
-    is_flag=True,
-    help="Compare some compiled or recorded steps with eager ones at the start, and go on without what differs. "
-    "The run is otherwise the same.",
-)
+@click.option("--check", is_flag=True, help="Compare a compiled or recorded step with the eager one at the start.")
 @quiet_option
 @json_option
 def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bool, json_path: str | None) -> None:

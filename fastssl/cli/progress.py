@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fastssl.errors import printable
+from fastssl.errors import duration, printable
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ class RunProgress:
         self._live: Live | None = None
         self._newest: tuple[Row, int, int, float | None] | None = None  # row, done, total, when the run will be done
         self._first: tuple[float, int] | None = None  # when the first block came, and its step
-        self._last_line = 0.0
+        self._last_line, self._began = 0.0, time.monotonic()
 
     def __enter__(self) -> RunProgress:
         if self.console.is_terminal and not self.console.is_dumb_terminal and not self.quiet:
@@ -89,7 +89,7 @@ class RunProgress:
     def _line(self) -> RenderableType:
         """``step 120/9,000 ━━━━━━━━ 1:02:03 left  loss 11.34  1,234 pair/s ...``: one line, of the words that fit."""
         if self._newest is None:
-            return Text("starting", no_wrap=True, overflow="crop")
+            return Text(f"starting, {duration(time.monotonic() - self._began)}", no_wrap=True, overflow="crop")
         row, done, total, ends = self._newest
         step, words = f"step {done:,}/{total:,}", "-:--:-- left"
         if ends is not None:

@@ -62,10 +62,9 @@ class TrainConfig:
             the start of a run: 1, 2, 4, ...
         checkpoint: keep the inputs of the backbone's blocks alone for the backward pass, and compute what is inside
             again (``models.recompute``): the same step, in a fraction of the memory, for a forward pass more.
-        compile: compile the networks with ``torch.compile`` (minutes at the start). ``auto``: in one process on a GPU,
-            if the run has steps enough for that to pay; not in a deterministic run.
+        compile: compile the networks with ``torch.compile`` (minutes at the start); ``auto``: as graph, in a long run.
         graph: capture the whole step as a CUDA graph, colour operations included: one launch a step. ``auto``: in one
-            process on a GPU; not in a deterministic run.
+            process on a GPU, unless the run is deterministic.
         amp: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``bf16`` or ``off``. On a CPU torch's (2.15) bfloat16
             may find NaN where a convolution with a stride meets maps of one pixel (views below 32 px).
         log_every: steps between two lines of metrics.jsonl; the host reads the device's metrics only then.

@@ -52,7 +52,7 @@ def keep_less(network: nn.Module) -> int:
     # A ReLU keeps its result in any case: in place it copies nothing.
     layers = [layer for layer in network.modules() if getattr(layer, "inplace", False) and type(layer) is not nn.ReLU]
     for layer in layers:
-        layer.inplace = False
+        layer.inplace = False  # type: ignore[assignment]
     clipped = [layer for layer in network.modules() if type(layer) is nn.ReLU6]
     for layer in clipped:
         layer.__class__ = LeanReLU6

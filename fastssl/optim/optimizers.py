@@ -164,7 +164,14 @@ class LARS(torch.optim.Optimizer):
                 ratio = torch.where(
                     (weights > 0) & (lengths > 0), group["trust"] * weights / lengths, torch.ones_like(weights)
                 )
-                torch._foreach_mul_([directions[n] for n in scaled], list(ratio.unbind()))
+                turned, partners = [directions[n] for n in scaled], ratio.unbind()
+                if (
+                    ratio.is_cuda
+                ):  # partners of one number are a launch for each tensor, those of its layout one for all
+                    flat = torch.cat([one.expand(d.numel()) for one, d in zip(partners, turned)])
+                    parts = zip(flat.split([d.numel() for d in turned]), turned)
+                    partners = tuple(part.as_strided(d.shape, d.stride()) for part, d in parts)
+                torch._foreach_mul_(turned, partners)
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, directions)
             if isinstance(group["lr"], Tensor):

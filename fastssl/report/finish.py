@@ -67,7 +67,6 @@ def finish_run(run: Setup, started: float) -> dict[str, Any]:
         "fallbacks": run.step.fallbacks,
         "accumulate": run.step.parts.count,
         "switches": run.step.switches,
-        "check": run.step.checked,
         "host": describe_host(),
         "versions": describe_versions(),
         "git": run.git,

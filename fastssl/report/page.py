@@ -82,9 +82,6 @@ def _rows(run: RunRecord) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any
 
 
 def _facts(run: RunRecord) -> dict[str, Any]:
-    forms = {"compile": "compiled", "graph": "recorded"}
-    step = [form for switch, form in forms.items() if get(run.summary, "switches", switch) == "on"]
-    checks = [f"{of} {said}" for of in ("step", *forms) if (said := get(run.summary, "check", of)) is not None]
     train_s, total_s = (number(run.summary.get(key)) for key in ("train_seconds", "total_seconds"))
     return {
         "recipe": run.summary.get("recipe") or run.config.get("recipe"),
@@ -94,8 +91,7 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "training time": None if train_s is None else duration(train_s),
         "whole run": None if total_s is None else duration(total_s),
         "device": run.summary.get("device") or run.config.get("device"),
-        "step": ", ".join(step) or None,
-        "check": "; ".join(checks) or None,
+        **{switch: get(run.summary, "switches", switch) for switch in ("compile", "graph")},
     }
 
 

@@ -118,12 +118,9 @@ def save_checkpoint(
             write()
             break
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and _is_of_gpu(error):
-                said = " ".join(str(error).split())[:200]
-                raise FastSSLError(
-                    f"{folder}: the GPU failed before a checkpoint of step {position.step:,} could be written "
-                    f"({said}); the same command goes on from the one before it"
-                ) from error
+            if isinstance(error, RuntimeError) and re.search("CUDA (error|out of memory)", str(error)):
+                failed = f"the GPU failed ({' '.join(str(error).split())[:200]})"
+                raise FastSSLError(f"{folder}: not saved, {failed}; the same command goes on from the last") from error
             if not (_may_be_full(folder, error) and _drop_oldest(folder)):
                 said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
                 why = "the disk is full" if _may_be_full(folder, error) else said[:200]
@@ -189,12 +186,6 @@ def _may_be_full(folder: Path, error: Exception) -> bool:
         return shutil.disk_usage(folder).free < 2 * max(newest, 1 << 20)
     except OSError:
         return False
-
-
-def _is_of_gpu(error: RuntimeError) -> bool:
-    """Whether this is a GPU's error, which comes up at any later call, and not the writer's."""
-    kinds = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # from torch 2.8 on
-    return isinstance(error, kinds) or "CUDA error" in str(error)
 
 
 def _drop_oldest(folder: Path) -> bool:

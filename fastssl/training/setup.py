@@ -235,17 +235,9 @@ def prepare(
             if world.is_main and recipe.train.on_bad == "fail":
                 _require_whole_photos(val, options.workers)
         steps = steps_per_epoch(len(reader), recipe.train.batch_size)
-        length = RunLength(recipe.train.epochs * steps, steps)
-        step = TrainStep(
-            recipe,
-            device,
-            amp=use_amp(recipe.train.amp, device),
-            seed=options.seed,
-            world=world,
-            steps=length.total_steps,
-            check=options.check,
-            say=progress.note,
-        )
+        length, amp = RunLength(recipe.train.epochs * steps, steps), use_amp(recipe.train.amp, device)
+        step = TrainStep(recipe, device, amp=amp, seed=options.seed, world=world, steps=length.total_steps)
+        step.check, step.say = options.check, progress.note
     if val is not None and reader.labelled and not val.labelled:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
     if (window := recipe.train.window) is not None and window >= (files := len(reader.files)):

@@ -14,6 +14,7 @@ without it and `TrainStep.fallbacks` says why.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,8 +41,7 @@ from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, reco
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
 from fastssl.training.room import fewest_parts
-from fastssl.training.state import StepState
-from fastssl.training.switches import CHECKED_RATES, SWITCHES, Trial, compare, left_out, telling
+from fastssl.training.switches import SWITCHES, Trial, compare, left_out, trial
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -63,20 +63,17 @@ class TrainStep:
         seed: of the first weights, of the queue's first content and of what is drawn for each step.
         record: how a step is recorded for ``train.graph``; tests give another.
         world: which of how many processes this is; the process group is there already.
-        steps: of the whole run, for what is ``auto``; 0: unknown, and taken for few.
-        check: compare what was compiled or recorded with the eager step, and go on without it where it differs.
-        say: is told what takes minutes.
+        steps: of the whole run, for a switch that is ``auto``; 0: unknown, and taken for few.
 
     Attributes:
+        check: whether the first call compares what it compiled or recorded with the eager step, and goes on without
+            what differs. say: is told what takes minutes. To be set before that call.
         method: the networks, the queue or centre; what is saved.
         parts: into which the student's pass is cut. autocast: makes a context of the networks' precision.
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
-        left_out: {switch: why it is not tried}, see ``switches.left_out``.
-        fallbacks: {switch: why it cannot be used here}; also ``channels_last``, where a network does not keep the
-            layout, and ``compiled colour``.
-        checked: {switch: the verdict}, with ``check``.
-        state: all that a step changes; ``snapshot`` and ``is_finite`` are its.
+        fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout,
+            and ``compiled colour``.
         networks: student and, if there is one, teacher in the form that computes: with ``amp`` copies, see
             ``Bf16Weights``.
         bf16_weights: of student and teacher; none without ``amp``.
@@ -99,8 +96,6 @@ class TrainStep:
         record: Recorder = record_cuda_graph,
         world: World = World(),  # noqa: B008 (frozen)
         steps: int = 0,
-        check: bool = False,
-        say: Callable[[str], None] = lambda text: None,
     ):
         self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
@@ -145,23 +140,21 @@ class TrainStep:
         collect = self.bf16_weights[0].collect_gradients if amp else lambda: None
         groups = groups // world.size if groups > 1 else 0
         self.parts = Parts(self.method, parts, groups=groups, autocast=self.autocast, collect=collect)
-        self.state = StepState(self.method, self.optimizer, self.bf16_weights)
-        self.snapshot, self.is_finite = self.state.snapshot, self.state.is_finite
-        self.left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
-        self.check, self.checked, self.say = check, dict[str, str](), say
+        self._left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
+        self.check, self.say, self._checked = False, lambda text: None, dict[str, str]()
         self._record = record
         self._recorded: RecordedStep | None = None
         self._switches: dict[str, bool] = {}
         self.prepared, self.prepare_s = False, 0.0
-        if "graph" not in self.left_out and device.type != "cuda" and record is record_cuda_graph:
+        if "graph" not in self._left_out and device.type != "cuda" and record is record_cuda_graph:
             self.fallbacks["graph"] = f"a CUDA graph needs an NVIDIA GPU, this is the {device.type}"
-        self.takes_crops = "graph" not in {**self.left_out, **self.fallbacks}
+        self.takes_crops = self.switches["graph"] == "on"
 
     @property
     def switches(self) -> dict[str, str]:
-        """{switch: ``on``, or ``off`` and why}."""
-        off = {**self.left_out, **self.fallbacks}
-        return {switch: f"off ({off[switch]})" if switch in off else "on" for switch in SWITCHES}
+        """{switch: ``on``, with the verdict of a check, or why not}."""
+        known = {**self._checked, **self._left_out, **self.fallbacks}
+        return {switch: known.get(switch, "on") for switch in SWITCHES}
 
     @property
     def recorded(self) -> bool:
@@ -276,7 +269,7 @@ class TrainStep:
         self.optimizer.step()
         if "momentum" in rates:
             self.method.update_teacher(rates["momentum"])
-        self.state.refresh()
+        self._refresh()
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -284,31 +277,32 @@ class TrainStep:
         for half in self.bf16_weights:
             half.network.zero_grad(set_to_none=True)
 
+    def _refresh(self) -> None:
+        for half in self.bf16_weights:
+            half.refresh()
+
     # ------------------------------------------------------------------ the first call
 
     def _prepare(self, inputs: StepInputs) -> None:
-        """Compile and record as it was chosen, on the first batch; the state is afterwards as it was before."""
+        """Compile and record what is on, on the first batch; the state is afterwards as it was before."""
         self.prepared = True
-        backbone = self.method.student.backbone
         sample = torch.zeros(2, *inputs.views[0].shape[1:], device=self.device)
         sample = sample.contiguous(memory_format=torch.channels_last)
-        if broken := channels_last_breaks(backbone, sample):
+        if broken := channels_last_breaks(self.method.student.backbone, sample):
             self.fallbacks["channels_last"] = f"{self.recipe.arch} leaves the layout behind {', '.join(broken[:3])}"
         if self.recipe.train.accumulate == "auto":
             self.parts.count = fewest_parts(self, inputs)
-        wanted = [switch for switch in SWITCHES if switch not in {**self.left_out, **self.fallbacks}]
-        eager = self._trial(inputs) if self.check and wanted else None
+        wanted = [switch for switch, how in self.switches.items() if how == "on"]
+        eager = trial(self, self._run, inputs) if self.check and wanted else None
         for switch in wanted:
             self._try(switch, self._compile if switch == "compile" else self._capture, inputs)
             if eager and switch not in self.fallbacks:  # all ranks make the steps of a trial, or none
                 self._try(switch, self._verify, switch, eager, inputs)
-        if self.check and not wanted:
-            self.checked["step"] = "runs eagerly, there is nothing to compare"
 
-    def _try(self, switch: str, prepare: Callable[..., None], *inputs: Any) -> None:
+    def _try(self, switch: str, prepare: Callable[..., None], *given: Any) -> None:
         undo, reason = self.snapshot(), ""
         try:
-            prepare(*inputs)
+            prepare(*given)
         except Exception as error:  # whatever a compiler or a capture may fail with, the step runs without it
             if is_out_of_memory(error) and getattr(self.recipe.train, switch) is True:
                 raise
@@ -327,32 +321,43 @@ class TrainStep:
     def _compile(self, inputs: StepInputs) -> None:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
-        names = " and ".join(("student", "teacher")[: len(self.networks)])
-        with telling(f"compiling {names}", self.say):
-            self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
-            self._run(inputs)
+        self.say(f"compiling {' and '.join(('student', 'teacher')[: len(self.networks)])}, which may take minutes")
+        self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
+        self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:
         self._recorded = RecordedStep(self._run, inputs, undo=self.snapshot(), record=self._record)
 
-    def _trial(self, inputs: StepInputs) -> Trial:
-        """Some steps as they are made now, of these views in turns forwards and backwards; the state stays."""
-        undo, before, losses = self.snapshot(), self.state.copy(), []
-        lr = 0.1 * self.recipe.optim.peak_lr(self.recipe.train.batch_size)  # the first one's may be next to nothing
-        for number, share in enumerate(CHECKED_RATES):
-            views, tables = ([t.flip(0) if number % 2 else t for t in ts] for ts in (inputs.views, inputs.tables))
-            scheduled: dict[str, Any] = {**inputs.rates, "lr": lr}
-            rates = {name: value * share for name, value in numbers(scheduled).items()}
-            step = StepInputs(views, self.noise(0, number), {**inputs.rates, **rates}, tables)
-            losses.append((self._recorded or self._run)(step)[0].clone())
-        way = {
-            name: end - before[name] if name in before else end.clone() for name, end in self.state.tensors().items()
-        }
-        undo()
-        return Trial(torch.stack(losses), way)
-
     def _verify(self, switch: str, eager: Trial, inputs: StepInputs) -> None:
-        agrees, words = compare(eager, self._trial(inputs), amp=self.amp)
-        self.checked[switch] = f"{'agrees' if agrees else 'DIFFERS, and is left out'}: {words}"
-        if not agrees:
-            raise FastSSLError(f"not the eager step ({words})")
+        self._checked[switch] = compare(eager, trial(self, self._recorded or self._run, inputs), amp=self.amp)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes: networks, queue or centre by name, the optimiser's as ``optimizer.NUMBER.NAME``."""
+        states = enumerate(self.optimizer.state.values())
+        moments = {f"optimizer.{number}.{name}": value for number, state in states for name, value in state.items()}
+        return self.method.state_dict() | {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+
+    def is_finite(self) -> bool:
+        """Whether all numbers of ``tensors`` are. Waits for the device."""
+        floats = [
+            tensor
+            for tensor in self.tensors().values()
+            if tensor.is_floating_point() and tensor.numel() and tensor.device.type == self.device.type
+        ]
+        # The largest magnitude is finite if all are: one launch for all tensors, and one number to wait for.
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, math.inf)).sum()))
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts ``tensors`` back, in place, as they are now. Takes as much memory as they do, and does not wait for
+        the device.
+        """
+        kept = {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+        @torch.no_grad()
+        def undo() -> None:
+            for name, tensor in self.tensors().items():
+                # A buffer that was made meanwhile is one that the first step would have begun at zero.
+                tensor.copy_(kept[name]) if name in kept else tensor.zero_()
+            self._refresh()
+
+        return undo

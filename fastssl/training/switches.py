@@ -2,119 +2,80 @@
 
 from __future__ import annotations
 
-import importlib.util
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm as total_norm
 
 from fastssl.config.recipe import TrainConfig
-from fastssl.errors import counted, duration
+from fastssl.errors import FastSSLError, counted
+from fastssl.training.cuda_graph import StepInputs
+
+if TYPE_CHECKING:
+    from fastssl.training.step import TrainStep
 
 SWITCHES = ("compile", "graph")
 #: Steps of a run from which on `auto` compiles: the minutes that it takes come back at some 20 ms a step (counted).
 COMPILE_PAYS = 5_000
 #: What a check lets pass, by whether it is in bfloat16: (of a step's loss, of the way that the steps went).
 BOUNDS = {False: (2e-3, 0.05), True: (2e-2, 0.3)}
-#: Of the rates at the steps of a check: a number that a recording does not take from its inputs is found.
-CHECKED_RATES = (1.0, 0.7, 0.4)
+#: The losses of some steps (steps,), and {name: end - beginning} of all that they changed.
+Trial = tuple[Tensor, dict[str, Tensor]]
 
 
 def left_out(train: TrainConfig, device: torch.device, *, processes: int, steps: int) -> dict[str, str]:
-    """{switch: why} for those that are not to be tried: off, or ``auto`` where it does not pay or was never seen to go.
-
-    Args:
-        processes: that share a step. steps: of the whole run; 0: unknown.
+    """{switch: why} for those that are not to be tried: off, or ``auto`` where it does not pay, or was never seen to
+    work, in a run of so many ``steps`` (0: unknown) that ``processes`` share.
     """
-    found: dict[str, str] = {}
-    for switch in SWITCHES:
-        asked = getattr(train, switch)
-        if asked is False:
-            found[switch] = f"train.{switch}=false"
-        elif asked is True:
-            continue
-        elif device.type != "cuda":
-            found[switch] = "auto is for NVIDIA GPUs"
-        elif train.deterministic or processes > 1:
-            found[switch] = f"auto leaves {'deterministic runs' if train.deterministic else 'several processes'} alone"
-        elif switch == "compile" and importlib.util.find_spec("triton") is None:
-            found[switch] = "Triton is not installed"
-        elif switch == "compile" and steps < COMPILE_PAYS:
-            found[switch] = f"auto needs {COMPILE_PAYS:,} steps for it to pay, this run has {counted(steps, 'step')}"
+    found = {switch: f"train.{switch}=false" for switch in SWITCHES if getattr(train, switch) is False}
+    auto = [switch for switch in SWITCHES if getattr(train, switch) == "auto"]
+    if device.type != "cuda":
+        return found | dict.fromkeys(auto, "auto is for NVIDIA GPUs")
+    if train.deterministic or processes > 1:
+        which = "deterministic runs" if train.deterministic else "several processes"
+        return found | dict.fromkeys(auto, f"auto leaves {which} alone")
+    if "compile" in auto and steps < COMPILE_PAYS:
+        found["compile"] = f"auto needs {COMPILE_PAYS:,} steps for it to pay, this run has {counted(steps, 'step')}"
     return found
 
 
-@contextmanager
-def telling(what: str, say: Callable[[str], None], every: float = 30.0) -> Iterator[None]:
-    """Say ``what`` is begun, every so many seconds how long it has taken by now, and at its end how long it took."""
-    started, over = time.monotonic(), threading.Event()
-
-    def tell(how: str) -> None:
-        say(f"{what}: {duration(time.monotonic() - started)}{how}")
-
-    def watch() -> None:
-        while not over.wait(every):
-            tell(" so far")
-
-    say(f"{what} ...")
-    thread = threading.Thread(target=watch, name="fastssl-telling", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        tell("")
+def trial(step: TrainStep, run: Callable[[StepInputs], Tensor], inputs: StepInputs) -> Trial:
+    """Some steps of these views by ``run``; the state stays as it is."""
+    undo, before, losses = step.snapshot(), {name: t.clone() for name, t in step.tensors().items()}, []
+    # Other rates at each step: one that a recording does not read again is found. The first may be next to nothing.
+    first = {**inputs.rates, "lr": 0.1 * step.recipe.optim.peak_lr(step.recipe.train.batch_size)}
+    for number, share in enumerate((1.0, 0.7, 0.4)):
+        rates = {name: value if isinstance(value, bool) else value * share for name, value in first.items()}
+        losses.append(run(inputs._replace(noise=step.noise(0, number), rates=rates))[0].clone())
+    way = {name: end - before[name] if name in before else end.clone() for name, end in step.tensors().items()}
+    undo()
+    return torch.stack(losses), way
 
 
-class Trial(NamedTuple):
-    """What some steps came to.
-
-    Attributes:
-        losses: (steps,) on the device.
-        way: {name: end - beginning}, of all that a step changes.
+def compare(eager: Trial, other: Trial, *, amp: bool) -> str:
+    """How far two ways to make the same steps are apart, in words: in the loss, and in what they moved, kind by kind (a
+    network's weights, its running means, the queue, ...; single layers may go no way but that of their rounding noise),
+    as a share of the eager steps' way. Raises FastSSLError beyond ``BOUNDS``.
     """
-
-    losses: Tensor
-    way: dict[str, Tensor]
-
-
-def compare(eager: Trial, other: Trial, *, amp: bool) -> tuple[bool, str]:
-    """Whether two ways to make the same steps agree within ``BOUNDS``, and in words by how much they do."""
-    loss = float(((other.losses - eager.losses) / eager.losses).abs().max())
-    what, way = max(_distances(eager, other).items(), key=lambda found: found[1])
-    bounds = BOUNDS[amp]
-    words = (
-        f"{counted(len(eager.losses), 'step')} beside the eager ones: loss apart by {loss:.1e} (bound {bounds[0]:g}), "
-        f"{what} by {way:.1e} of the way it went (bound {bounds[1]:g})"
-    )
-    return loss <= bounds[0] and way <= bounds[1], words  # NaN is no agreement
-
-
-def _distances(eager: Trial, other: Trial) -> dict[str, float]:
-    """{kind: distance as a share of the eager steps' way}: of the student's weights together, its running means, the
-    queue, ... A single layer may go no way at all but rounding noise.
-    """
-    kinds: dict[str, list[str]] = {}
-    for name in eager.way:
+    loss, kinds, shares = float(((other[0] - eager[0]) / eager[0]).abs().max()), dict[str, list[str]](), {}
+    for name in eager[1]:
         first, last = name.split(".")[0], name.split(".")[-1]
-        whole = first != "optimizer" and not last.startswith(("running_", "num_batches"))
-        if last != "exp_avg_sq":  # says what exp_avg says, twice as loud
-            kinds.setdefault(first if whole else f"{first}'s {last}", []).append(name)
-    found, adam = {}, "optimizer's exp_avg" in kinds
+        apart = first == "optimizer" or last.startswith(("running_", "num_batches"))
+        kinds.setdefault(f"{first}'s {last}" if apart else first, []).append(name)
+    kinds.pop("optimizer's exp_avg_sq", None)  # says what exp_avg says, twice as loud
     for kind, names in kinds.items():
-        mine, theirs = ([trial.way[name].float() for name in names] for trial in (eager, other))
-        length = _length(mine)
-        # Adam makes a whole step also of a gradient that is noise: of weights the length of the way says more.
-        same_noise = not (adam and kind in ("student", "teacher"))
-        apart = _length(list(torch._foreach_sub(theirs, mine))) if same_noise else abs(_length(theirs) - length)
-        found[kind] = apart / length if length else float("inf") if apart else 0.0
-    return found
-
-
-def _length(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).norm())
+        mine, theirs = ([way[name].float() for name in names] for _, way in (eager, other))
+        length, between = total_norm(mine), total_norm(torch._foreach_sub(theirs, mine))
+        if "optimizer's exp_avg" in kinds and kind in ("student", "teacher"):
+            # Adam makes a whole step also of a gradient that is noise: the length of the way says more.
+            between = (total_norm(theirs) - length).abs()
+        shares[kind] = float(between / length if length else between * math.inf if between else between)
+    what, way = max(shares.items(), key=lambda found: math.inf if math.isnan(found[1]) else found[1])
+    most_loss, most_way = BOUNDS[amp]
+    words = f"{loss:.1e} of the loss (bound {most_loss:g}), {way:.1e} of the way of the {what} (bound {most_way:g})"
+    if loss <= most_loss and way <= most_way:
+        return f"on, and checked: {counted(len(eager[0]), 'step')} differ from eager ones by {words}"
+    raise FastSSLError(f"the check found another step than the eager one: they differ by {words}")

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from fastssl.distributed.collectives import Vote, any_rank, barrier, broadcast_object, gather_objects
-from fastssl.errors import FastSSLError, Interrupted, counted
+from fastssl.errors import FastSSLError, Interrupted, counted, duration
 from fastssl.evaluate.online_probe import OnlineProbe, choose_split
 from fastssl.pipelines.loader import Batch, ViewLoader
 from fastssl.runs.checkpoint import has_all_files
@@ -92,10 +92,9 @@ def make_step(run: Setup, batch: Batch) -> Tensor:
             run.progress.message(f"train.accumulate: {counted(step.parts.count, 'part')} of a batch")
         for switch, reason in step.fallbacks.items():
             run.progress.message(f"without {switch}: {reason}")
-        for switch, verdict in step.checked.items():
-            run.progress.message(f"check: {switch} {verdict}")
-        if run.device.type == "cuda":
-            run.progress.note(", ".join(f"{switch} {how}" for switch, how in step.switches.items()))
+        if step.check or run.device.type == "cuda":
+            how = "; ".join(f"{switch} {how}" for switch, how in step.switches.items())
+            run.progress.note(f"{how}; ready after {duration(step.prepare_s)}")
     return metrics
 
 

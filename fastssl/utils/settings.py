@@ -35,10 +35,8 @@ Positive = Annotated[Real, Field(gt=0)]
 NotNegative = Annotated[Real, Field(ge=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 BelowOne = Annotated[Real, Field(ge=0, lt=1)]
-#: A switch that by itself is on where that is known to pay. (A number would equal true or false.)
-AutoSwitch = Annotated[
-    Literal["auto", True, False], BeforeValidator(lambda value: value if isinstance(value, bool) else str(value))
-]
+# Of text, as 1 would equal True.
+AutoSwitch = Annotated[Literal["auto", True, False], BeforeValidator(lambda x: x if isinstance(x, bool) else str(x))]
 
 #: For a union of a list and a mapping: the value's form says which is meant. The names stand in pydantic's places of
 #: mistakes, and are no part of a key.

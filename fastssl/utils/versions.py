@@ -15,7 +15,7 @@ import torch
 from fastssl._version import __version__
 from fastssl.utils.cores import available_cores
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow")
+_PACKAGES: tuple[str, ...] = ("torch", "torchvision", "timm", "numpy", "numba", "simplejpeg", "pillow")
 _PACKAGES += ("ffcv", "nvidia-dali-cuda130", "torchcodec")
 
 

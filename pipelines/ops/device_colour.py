@@ -84,9 +84,10 @@ class DeviceColour:
 
     def __init__(self, spec: ViewSpec, dtype: torch.dtype, backend: str | Callable[..., Any] | None = None):
         self.spec, self.dtype, self.fallback = spec, dtype, ""
-        self.compiled = backend is not None and not torch._dynamo.config.disable
+        self.compiled = False
         self._stages: list[Callable[..., Any]] = [_to_blur, _from_blur]
-        if self.compiled:
+        if backend is not None and not torch._dynamo.config.disable:
+            self.compiled = True
             # With code of its own: torch counts recompilations by code, and a process may have many view groups.
             own = [FunctionType(stage.__code__.replace(), globals()) for stage in (_to_blur, _from_blur)]
             self._stages = [torch.compile(stage, backend=backend, fullgraph=True) for stage in own]

@@ -81,6 +81,40 @@ def test_a_lars_step_is_a_share_of_the_tensors_norm() -> None:
     torch.testing.assert_close(bias, torch.zeros(4) + 1.0 - 2.0 * 0.5)  # one dimension: no trust ratio
 
 
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says that it is none."""
+
+    is_cuda = True
+
+
+def test_lars_takes_all_tensors_at_once_on_a_gpu_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = [torch.randn(8, 3, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 7), torch.randn(4)]
+    plain += [torch.zeros(3, 3)]
+    gradients = [torch.randn_like(tensor) for tensor in plain]
+    own, partners = torch._foreach_mul_, []
+
+    def seen(tensors: list, others: object) -> object:
+        partners.append(others)
+        return own(tensors, others)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", seen)
+    after = []
+    for kind in (torch.Tensor, OnGpu):
+        parameters = [tensor.clone().as_subclass(kind).requires_grad_() for tensor in plain]
+        optimizer = LARS(parameters, lr=0.3, momentum=0.9, weight_decay=0.01)
+        for _ in range(2):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient.clone().as_subclass(kind)
+            optimizer.step()
+        after.append([parameter.detach().as_subclass(torch.Tensor) for parameter in parameters])
+    assert all(map(torch.equal, *after)) and not torch.equal(after[0][0], plain[0])
+    # The kernel for many tensors wants partners of the same sizes and strides.
+    on_gpu = partners[4]
+    shaped = [tensor for tensor in plain if tensor.ndim > 1]
+    assert [(one.shape, one.stride()) for one in on_gpu] == [(one.shape, one.stride()) for one in shaped]
+
+
 def test_nesterov_by_hand_from_the_first_step() -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
     model = nn.Module()

@@ -77,7 +77,7 @@ def test_the_bar_shows_the_share_that_is_done() -> None:
 
 
 def test_before_the_first_row_and_at_the_end() -> None:
-    assert shown(80) == ["starting"]
+    assert shown(80) == ["starting, 0 s"]
     (line,) = shown(80, ROW, {**ROW, "step": 90_000})
     assert "step 90,000/90,000" in line and "0:00:00 left" in line
 

@@ -187,7 +187,8 @@ def test_a_dropped_step_is_freed_without_the_collector(
     gc.disable()
     try:
         with torch._dynamo.config.patch(disable=False):
-            step = TrainStep(recipe("test_resnet", **changes), CPU, amp=amp, seed=0, record=record, check=True)
+            step = TrainStep(recipe("test_resnet", **changes), CPU, amp=amp, seed=0, record=record)
+            step.check = True
             train(step, 2)
         assert not step.fallbacks or switch == "graph"  # a replay that does nothing is not the eager step
         kept = [weakref.ref(it) for it in (step, step.method, step.optimizer, next(step.method.parameters()))]

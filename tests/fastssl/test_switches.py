@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import html
-import time
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from small_run import Silent, options, same, small, state
-from test_step import BATCH, CPU, METHODS, all_views, multicrop, recipe, replayed, train
+from test_step import CPU, METHODS, all_views, multicrop, recipe, replayed, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastssl.config.recipe import TrainConfig
+from fastssl.errors import FastSSLError
 from fastssl.pretrain import pretrain
-from fastssl.training import setup, switches
+from fastssl.training import setup
 from fastssl.training import step as step_module
 from fastssl.training.cuda_graph import RecordedStep, StepInputs
 from fastssl.training.step import TrainStep
-from fastssl.training.switches import COMPILE_PAYS, Trial, compare, left_out, telling
+from fastssl.training.switches import COMPILE_PAYS, compare, left_out
 
 
 @pytest.mark.parametrize(
@@ -42,38 +43,22 @@ from fastssl.training.switches import COMPILE_PAYS, Trial, compare, left_out, te
         ({"compile": False}, "cuda", 1, COMPILE_PAYS, {"compile": "train.compile=false"}),
     ],
 )
-def test_auto_is_on_where_it_pays(
-    settings: dict, device: str, processes: int, steps: int, expected: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(switches.importlib.util, "find_spec", lambda name: name)
+def test_auto_is_on_where_it_pays(settings: dict, device: str, processes: int, steps: int, expected: dict) -> None:
     train = TrainConfig(**settings)
     assert left_out(train, torch.device(device), processes=processes, steps=steps) == expected
-
-
-def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switches.importlib.util, "find_spec", lambda name: None)
-    found = left_out(TrainConfig(), torch.device("cuda"), processes=1, steps=COMPILE_PAYS)
-    assert found == {"compile": "Triton is not installed"}
-
-
-def test_what_takes_minutes_is_told_while_it_does() -> None:
-    said: list[str] = []
-    with pytest.raises(KeyError), telling("compiling student", said.append, every=0.02):
-        time.sleep(0.1)
-        raise KeyError
-    assert said[:2] == ["compiling student ...", "compiling student: 0 s so far"]
-    assert said[-1] == "compiling student: 0 s" and len(said) > 3
 
 
 # ---------------------------------------------------------------------- the check
 
 
 def checked(*, arch: str = "mobilenetv3_small_050", amp: bool = False, check: bool = True, **changes: str) -> TrainStep:
-    return TrainStep(recipe(arch, **changes), CPU, amp=amp, seed=0, record=replayed, check=check)
+    step = TrainStep(recipe(arch, **changes), CPU, amp=amp, seed=0, record=replayed)
+    step.check = check
+    return step
 
 
 def same_state(one: TrainStep, other: TrainStep) -> bool:
-    mine, theirs = one.state.tensors(), other.state.tensors()
+    mine, theirs = one.tensors(), other.tensors()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], value) for name, value in theirs.items())
 
 
@@ -82,16 +67,17 @@ def test_a_checked_run_is_the_run_to_the_bit(optimizer: str, amp: bool) -> None:
     changes = {"train__graph": "true", "optim__name": optimizer}
     plain, step = (checked(amp=amp, check=check, **changes) for check in (False, True))
     assert train(step) == train(plain) and same_state(step, plain)
-    assert step.checked["graph"].startswith("agrees: 3 steps beside the eager ones: loss apart by ")
-    assert step.recorded and not step.fallbacks and not plain.checked
+    assert step.switches["graph"].startswith("on, and checked: 3 steps differ from eager ones by ")
+    assert step.recorded and not step.fallbacks and plain.switches["graph"] == "on"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", METHODS)
 def test_every_method_agrees_with_itself(case: str) -> None:
-    step = TrainStep(multicrop(case, train__graph="true"), CPU, amp=False, seed=0, record=replayed, check=True)
+    step = TrainStep(multicrop(case, train__graph="true"), CPU, amp=False, seed=0, record=replayed)
+    step.check = True
     train(step, 1, batch=lambda number: all_views(step.recipe))
-    assert step.checked["graph"].startswith("agrees") and step.recorded
+    assert step.switches["graph"].startswith("on, and checked") and step.recorded
 
 
 class Stale(RecordedStep):
@@ -120,8 +106,9 @@ def test_a_recording_that_keeps_its_inputs_is_found(
     plain, step = checked(amp=amp, **changes), checked(amp=amp, train__graph="true", **changes)
     monkeypatch.setattr(step_module, "RecordedStep", fault)
     assert train(step) == train(plain) and same_state(step, plain), "it goes on eagerly"
-    assert step.checked["graph"].startswith("DIFFERS, and is left out: 3 steps") and not step.recorded
-    assert step.fallbacks["graph"].startswith("FastSSLError: not the eager step (3 steps beside the eager ones: ")
+    found = "FastSSLError: the check found another step than the eager one: they differ by "
+    assert step.switches["graph"].startswith(found) and not step.recorded
+    assert step.fallbacks == {"graph": step.switches["graph"]}
 
 
 def unmoved(network: nn.Module) -> nn.Module:
@@ -159,35 +146,34 @@ def test_a_wrong_compiler_is_found_and_the_rest_goes_on(
     step = checked(amp=amp, train__graph="true", train__compile="true")
     with torch._dynamo.config.patch(disable=False):
         assert train(step) == train(plain) and same_state(step, plain)
-    assert list(step.fallbacks) == ["compile"] and "DIFFERS" in step.checked["compile"]
-    assert step.recorded and step.checked["graph"].startswith("agrees")
-    assert step.switches == {"compile": f"off ({step.fallbacks['compile']})", "graph": "on"}
+    assert list(step.fallbacks) == ["compile"] and "another step than the eager one" in step.switches["compile"]
+    assert step.recorded and step.switches["graph"].startswith("on, and checked")
 
 
 def test_a_compiler_that_computes_the_same_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend="eager", **options))
     said: list[str] = []
-    step = TrainStep(recipe("test_resnet", train__compile="true"), CPU, amp=False, seed=0, check=True, say=said.append)
+    step = checked(arch="test_resnet", train__compile="true")
+    step.say = said.append
     with torch._dynamo.config.patch(disable=False):
         train(step, 1)
-    assert step.checked["compile"].startswith("agrees") and step.switches["compile"] == "on" and not step.fallbacks
-    assert said[0] == "compiling student and teacher ..." and said[-1].startswith("compiling student and teacher: ")
-
-
-def test_an_eager_step_has_nothing_to_compare() -> None:
-    step = checked()
-    train(step, 1)
-    assert step.checked == {"step": "runs eagerly, there is nothing to compare"}
+    assert step.switches["compile"].startswith("on, and checked") and not step.fallbacks
+    assert said == ["compiling student and teacher, which may take minutes"]
 
 
 def test_nan_is_no_agreement() -> None:
-    good = Trial(torch.ones(1), {"student.weight": torch.ones(BATCH)})
-    assert compare(good, good, amp=False)[0]
-    nowhere = {"student.weight": torch.full((BATCH,), torch.nan)}
-    for bad in (good._replace(losses=torch.tensor([torch.nan])), good._replace(way=nowhere)):
-        assert not compare(good, bad, amp=True)[0]
-        assert not compare(bad, good, amp=True)[0]
+    good = torch.ones(1), {"student.weight": torch.ones(3), "queue": torch.zeros(2)}
+    assert compare(good, good, amp=False).startswith("on, and checked: 1 step differ")
+    bad_loss, bad_way = (
+        (torch.tensor([torch.nan]), good[1]),
+        (good[0], {**good[1], "queue": torch.full((2,), torch.nan)}),
+    )
+    for pair in ((good, bad_loss), (bad_loss, good), (good, bad_way), (bad_way, good)):
+        with pytest.raises(FastSSLError, match="another step"):
+            compare(*pair, amp=True)
+    with pytest.raises(FastSSLError, match="inf of the way of the queue"):
+        compare(good, (good[0], {**good[1], "queue": torch.ones(2)}), amp=True)
 
 
 def test_a_check_is_in_the_report_and_changes_no_bit(
@@ -202,12 +188,13 @@ def test_a_check_is_in_the_report_and_changes_no_bit(
         out = tmp_path / str(check)
         summary = pretrain(small("train.graph=true", "train.epochs=1"), options(beton, out, check=check), said)
         both.append(state(out))
-    assert same(*both) and summary["switches"] == {"compile": "off (auto is for NVIDIA GPUs)", "graph": "on"}
-    verdict = summary["check"]["graph"]
-    assert verdict.startswith("agrees: 3 steps") and said.messages.count(f"check: graph {verdict}") == 1
-    page = (out / "report.html").read_text()
-    assert f"graph {verdict}" in html.unescape(page) and "recorded" in page
-    assert "agrees" not in (tmp_path / "False" / "report.html").read_text()
+    assert same(*both) and summary["switches"]["compile"] == "auto is for NVIDIA GPUs"
+    verdict = summary["switches"]["graph"]
+    assert verdict.startswith("on, and checked: 3 steps differ")
+    (line,) = (text for text in said.messages if verdict in text)
+    assert re.fullmatch(f"compile auto is for NVIDIA GPUs; graph {re.escape(verdict)}; ready after [0-9]+ s", line)
+    assert verdict in html.unescape((out / "report.html").read_text())
+    assert "checked" not in (tmp_path / "False" / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------- memory
