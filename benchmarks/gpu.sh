@@ -136,11 +136,7 @@ part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
     fi
     [[ -z "$SMOKE" ]] || limit=$((2 * limit)) # a slow or busy machine is no fault of the part
     ((limit > left)) && limit=$left
-    if ((limit < 3)); then
-        say "$name: not reached"
-        failed+=("$name: not reached within $MINUTES min")
-        return
-    fi
+    ((limit >= 3)) || { say "$name: not reached" && failed+=("$name: not reached within $MINUTES min"); return; }
     say "$name: at most $limit s"
     unfinished="$WORK/$name.jsonl"
     # In the background, since bash answers signals only between commands or while it waits; each line of output gets the clock.
@@ -156,12 +152,8 @@ part() { # NAME SECONDS ARGUMENTS-OF-BENCH...
     kill "$reader" 2>/dev/null
     wait "$reader" 2>/dev/null
     keep
-    case "$status" in
-        0) say "$finished" ;;
-        124 | 137) failed+=("$name: stopped after $limit s: fastssl bench $*") ;;
-        *) failed+=("$name: status $status: fastssl bench $*") ;;
-    esac
-    ((status == 0)) || say "${failed[-1]}"
+    ((status == 0)) || failed+=("$name: status $status after at most $limit s: fastssl bench $*")
+    ((status == 0)) && say "$finished" || say "${failed[-1]}"
 }
 
 # What eight minutes must reach: these limits come to 465 s.
@@ -199,13 +191,7 @@ part views-recipes 40 views "${OTHER[@]}" "${TINY[@]}" "${BATCH[@]}" "${INPUT[@]
 part step-compiled-recipes 180 step "${OTHER[@]}" "${TINY[@]}" "${NET[@]}" "${AMP[@]}" --compile --graph
 part step-float32 60 step "${MAIN[@]}" "${TINY[@]}" "${NET[@]}" --amp off --peers
 
-if [[ -s "$RESULTS" ]]; then
-    "$PYTHON" -m fastssl bench report "$RESULTS" --out "$OUT" >/dev/null || failed+=("the report")
-else
-    failed+=("no record at all")
-fi
+[[ -s "$RESULTS" ]] && "$PYTHON" -m fastssl bench report "$RESULTS" --out "$OUT" >/dev/null || failed+=("the report")
 say "$(wc -l <"$RESULTS") records in $RESULTS"
-if ((${#failed[@]})); then
-    for one in "${failed[@]}"; do say "FAILED $one"; done
-    exit 1
-fi
+for one in "${failed[@]}"; do say "FAILED $one"; done
+((${#failed[@]} == 0))

@@ -92,28 +92,31 @@ def count_apart(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dic
         return pool.submit(count_step, recipe, batch, amp=amp, compiled=compiled).result()
 
 
-def beside_time(recipe: Recipe, batch: int, *, amp: bool, compiled: bool, seconds: float, rate: float) -> dict:
-    """For the details of a step that was measured, on views that were coloured before it.
-
-    Args:
-        seconds: that it took. rate: of a copy in the same turns, bytes a second.
-
-    Returns:
-        ``counted_launches``, ``counted_bytes``, and ``byte_floor_fraction``, the byte floor over ``seconds``; or
-        ``not_counted``, the reason: a step that was measured is worth its figure without them.
+class CountBeside:
+    """The count of a step that is measured meanwhile, on views that were coloured before it: it takes longer than the
+    figure, and the GPU's time is dear. In a process of its own, as `count_apart`.
     """
-    try:
-        parts = count_apart(recipe, batch, amp=amp, compiled=compiled)["parts"]
-    except Exception as error:  # whatever another version of torch may lack
-        return {"not_counted": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    launches, moved = (
-        sum(one[key] for name, one in parts.items() if name != "colour") for key in ("launches", "bytes")
-    )
-    return {
-        "counted_launches": launches,
-        "counted_bytes": moved,
-        "byte_floor_fraction": moved / rate / seconds,
-    }
+
+    def __init__(self, recipe: Recipe, batch: int, *, amp: bool, compiled: bool):
+        self._pool = get_context("spawn").Pool(1, _hide_gpus)
+        self._found = self._pool.apply_async(count_step, (recipe, batch), {"amp": amp, "compiled": compiled})
+
+    def figures(self, seconds: float, rate: float, patience: float = 5.0) -> dict[str, Any]:
+        """For the details of the step's record: ``counted_launches``, ``counted_bytes``, and ``byte_floor_fraction``,
+        the byte floor at ``rate`` (bytes a second of a copy in the same turns) over the ``seconds`` that the step took;
+        or ``not_counted``, the reason: a step that was measured is worth its figure without them.
+        """
+        try:
+            parts = self._found.get(patience)["parts"]
+        except Exception as error:  # not there in time, or whatever another version of torch may lack
+            return {"not_counted": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        finally:
+            self._pool.terminate()
+        launches, moved = (
+            sum(one[key] for name, one in parts.items() if name != "colour") for key in ("launches", "bytes")
+        )
+        fraction = moved / rate / seconds
+        return {"counted_launches": launches, "counted_bytes": moved, "byte_floor_fraction": fraction}
 
 
 def run(setting: RecipeSetting) -> list[Record]:

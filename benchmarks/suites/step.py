@@ -212,6 +212,11 @@ def run(setting: RecipeSetting) -> list[Record]:
             f"{setting.recipe_name}: the peers are steps of MoCo with two views of one kind; bench step without "
             "--peers measures any recipe"
         )
+    compiled, counting = setting.compiled or recipe.train.compile is True, None
+    if device.type == "cuda":
+        from fastssl.benchmarks.suites.count import CountBeside
+
+        counting = CountBeside(recipe, setting.batch, amp=setting.in_bf16, compiled=compiled)
     # First, as their memory is not the step's.
     product, flop = timing.product_limit(device, torch.bfloat16 if setting.in_bf16 else torch.float32)
     copy, moved = timing.copy_limit(device)
@@ -261,11 +266,8 @@ def run(setting: RecipeSetting) -> list[Record]:
         "busy_share": busy and busy[0],
         "kernels": busy and busy[1],
     }
-    if cuda:
-        from fastssl.benchmarks.suites.count import beside_time
-
-        switches = {"amp": step.amp, "compiled": details["compiled"] is True}
-        figures |= beside_time(step.recipe, batch, **switches, seconds=ours.median_s, rate=bytes_per_s)
+    if counting is not None and (batch, details["compiled"]) == (setting.batch, compiled):
+        figures |= counting.figures(ours.median_s, bytes_per_s)
     words = bottleneck(arithmetic / flop_per_s, busy)
     found = [record(ours, least_s / ours.median_s, bottleneck=words, details={**details, **figures})]
     for name, theirs in ((name, timings[name]) for name in plain if name in timings):

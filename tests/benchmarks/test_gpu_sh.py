@@ -146,7 +146,7 @@ def test_a_part_that_fails_is_listed_and_the_rest_runs(stand_in, tmp_path: Path)
     done = script("--smoke", "--python", stand_in(failing="loader | views"), "--out", tmp_path / "out")
     assert done.returncode == 1
     assert benches(tmp_path / "out") == PARTS  # what a failing part had finished is kept
-    failed = [line.split("] ")[1].split(": fastssl")[0] for line in done.stdout.splitlines() if "FAILED" in line]
+    failed = [line.split("] ")[1].split(" after")[0] for line in done.stdout.splitlines() if "FAILED" in line]
     assert failed == ["FAILED views: status 3", "FAILED loader: status 3"]
 
 
@@ -155,7 +155,7 @@ def test_time_limits(stand_in, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = script("--smoke", "--python", stand_in(hanging="step"), "--out", out, "--minutes", 0.4)
     assert done.returncode == 1
-    assert "FAILED step: stopped after" in done.stdout
+    assert "FAILED step: status 124 after" in done.stdout
     assert "FAILED views: not reached within 0.4 min" in done.stdout
     assert benches(out) == MUST[:3] and (out / "report.html").is_file()
     # Where it was cut off it goes on, in the same files.
