@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import fastssl.benchmarks
+from fastssl.cli.bench import bench as group
+from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.engines.registry import engine_state
 
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
@@ -22,6 +25,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 # knows no installed fastssl.
 STAND_IN = """#!/bin/bash
 export PYTHONPATH="$PYTHONPATH:{site}"
+[[ "$*" != *cuda.is_available* ]] || {gpu}
 if [[ "$*" != "-m fastssl bench "* || "$*" == *" report "* ]]; then exec "{python}" -S "$@"; fi
 pwd >>"{log}.cwd"
 echo $$ >>"{log}.pid"
@@ -58,12 +62,14 @@ PARTS = MUST + REST
 
 @pytest.fixture
 def stand_in(tmp_path: Path):
-    def make(failing: str = "-", hanging: str = "-") -> Path:
+    def make(failing: str = "-", hanging: str = "-", gpu: str = "true") -> Path:
         path = tmp_path / "python"
         # An environment may stand on another one.
         site = ":".join(path for path in sys.path if path.endswith("site-packages"))
         path.write_text(
-            STAND_IN.format(site=site, python=sys.executable, log=tmp_path / "log", failing=failing, hanging=hanging)
+            STAND_IN.format(
+                site=site, python=sys.executable, log=tmp_path / "log", failing=failing, hanging=hanging, gpu=gpu
+            )
         )
         path.chmod(0o755)
         return path
@@ -128,6 +134,20 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
     assert again.returncode == 0 and benches(tmp_path / "out") == [*PARTS, "views"]
     # Nothing is left behind: the parts ran in a folder that is gone.
     assert not Path((tmp_path / "log.cwd").read_text().split()[0]).exists()
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_gpu_are_ones_that_there_are(stand_in, tmp_path: Path) -> None:
+    """They never ran where this test does: each option and value is one that its command takes."""
+    done = script("--python", stand_in(gpu="exit 0"), "--out", tmp_path / "out")
+    assert done.returncode == 0 and benches(tmp_path / "out") == PARTS
+    for command in (tmp_path / "log").read_text().splitlines():
+        _, _, _, name, *arguments = shlex.split(command.split(" --json")[0])
+        context = group.get_command(None, name).make_context(name, arguments)
+        recipes = [load_recipe(recipe) for recipe in context.params.get("recipes", ())]
+        assert all(
+            recipe.settings.allows(context.params.get("batch_size") or recipe.train.batch_size) for recipe in recipes
+        )
 
 
 def test_what_must_be_reached_fits_into_the_minutes() -> None:
