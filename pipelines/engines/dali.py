@@ -76,7 +76,7 @@ class DaliEngine(AheadEngine):
         """
         largest = np.array([lengths.max() for lengths in self.reader.shapes(self.reader.some())], np.int64)
         fits = 2**31 / (3 * self.settings.batch_size * largest.prod())
-        return (largest * min(1.0, fits**0.5)).astype(np.int64).tolist()
+        return [int(length) for length in largest * min(1.0, fits**0.5)]
 
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
