@@ -17,8 +17,7 @@ from fastssl.pipelines.beton.dataset import Data, open_beton
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.engines.base import EngineSettings, EngineStats, Request, checked_device
 from fastssl.pipelines.engines.registry import open_engine
-from fastssl.pipelines.ops.augment import augment
-from fastssl.pipelines.ops.device_colour import parameter_table
+from fastssl.pipelines.ops.augment import augment, parameter_table
 from fastssl.pipelines.ops.memory import RecycledMemory
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
 from fastssl.pipelines.plan.order import batch_indices, last_batch, steps_per_epoch

@@ -27,7 +27,6 @@ _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits
 # Columns of the parameter table: six blends of three columns (three before hue, three after), then one column each.
 _BLENDS = 6
 _HUE, _GREY, _BLUR, _FALLOFF, _SOLARISE = range(3 * _BLENDS, 3 * _BLENDS + 5)
-_COLUMNS = 3 * _BLENDS + 5
 
 
 def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
@@ -38,7 +37,7 @@ def parameter_table(plan: NDArray[np.void]) -> NDArray[np.float32]:
     0), saturation (1, 0), contrast (0, 1).
     """
     count = len(plan)
-    table = np.zeros((count, _COLUMNS), dtype=np.float32)
+    table = np.zeros((count, 3 * _BLENDS + 5), dtype=np.float32)
     blends = table[:, : 3 * _BLENDS].reshape(count, _BLENDS, 3)
     blends[:, :, 0] = 1.0
     factors, order = jitter_factors(plan), plan["order"].astype(np.int64)
@@ -139,8 +138,7 @@ def _to_blur(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype, c
         grey = luminance(planes)
         for plane in planes:
             plane.lerp_(grey, column[_GREY])  # gives its end points exactly: a share of 0 keeps every bit
-    multiplied = torch.float16 if views.is_cuda else torch.float32
-    unblurred = [plane.to(multiplied) for plane in planes] if spec.blur > 0 else []
+    unblurred = [plane.to(torch.float16 if views.is_cuda else torch.float32) for plane in planes if spec.blur > 0]
     return [_finish(planes, column, spec, dtype), unblurred]
 
 
@@ -189,8 +187,7 @@ def contrast_mean(planes: Sequence[Tensor], column: Sequence[Tensor], spec: View
     for place in range(_BLENDS):
         for number, unchanged in ((3 * place, 1), (3 * place + 1, 0)):
             rest[number] = column[number].masked_fill(until[place] > 0, unchanged)
-    copies = [plane.clone() for plane in planes]
-    jitter(copies, rest, spec, mean=0.0)
+    jitter(copies := [plane.clone() for plane in planes], rest, spec, mean=0.0)
     return luminance(copies).mean(dim=1, keepdim=True)
 
 

@@ -20,7 +20,10 @@ from fastssl.errors import FastSSLError
 from fastssl.models.backbones import SHORT_NAMES, create_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.loader import ViewLoader
+from fastssl.pipelines.ops.device_colour import DeviceColour
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training import cuda_graph as graph_module
+from fastssl.training import step as step_module
 from fastssl.training.cuda_graph import RecordedStep, StepInputs
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, picture_sizes
 from fastssl.training.step import TrainStep
@@ -421,6 +424,21 @@ def test_crops_with_their_tables_are_the_coloured_views(beton, crops_on: str) ->
     first = steps[0](expected.views, *given)
     second = steps[1](raw.views, *given, tables=raw.tables)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_colour_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = TrainStep(recipe(), CPU, amp=False, seed=0)
+    crops = torch.zeros(2 * BATCH, 3, SIZE, SIZE, dtype=torch.uint8)
+    assert len(step.coloured([crops], [torch.zeros(2 * BATCH, 23)])) == 1 and not step.fallbacks
+
+    def without_compiler(spec: ViewSpec, dtype: torch.dtype, device: torch.device) -> DeviceColour:
+        colour = DeviceColour(spec, dtype)
+        colour.fallback = "TritonMissing: no Triton"
+        return colour
+
+    monkeypatch.setattr(step_module, "device_colour", without_compiler)
+    step.coloured([crops], [torch.zeros(2 * BATCH, 23)])
+    assert step.fallbacks == {"compiled colour": "TritonMissing: no Triton"}
 
 
 def inputs(*views: Tensor) -> StepInputs:
