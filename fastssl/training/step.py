@@ -31,7 +31,7 @@ from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted, is_out_of_memory, without_folders
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
-from fastssl.models.group_batchnorm import ordinary_batchnorm
+from fastssl.models.group_batchnorm import not_compiled, ordinary_batchnorm
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
@@ -73,7 +73,7 @@ class TrainStep:
         batch_size: samples a step on this rank.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout,
-            and ``compiled colour``.
+            ``compiled colour`` and ``compiled BatchNorm groups``.
         networks: student and, if there is one, teacher in the form that computes: with ``amp`` copies, see
             ``Bf16Weights``.
         bf16_weights: of student and teacher; none without ``amp``.
@@ -250,6 +250,8 @@ class TrainStep:
         self.update(rates)
         self.clear_gradients()
         method.after_step(targets, output.pair, rates)
+        if self.device.type == "cuda" and (reason := not_compiled()):
+            self.fallbacks["compiled BatchNorm groups"] = reason
         return output.metrics
 
     def coloured(self, crops: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastssl.methods.base import Encoder, new_encoder
 from fastssl.models.backbones import create_backbone
 from fastssl.models.group_batchnorm import (
+    BatchNorms,
     backward_in_turn,
     backward_together,
     compiled,
@@ -27,6 +28,7 @@ from fastssl.models.group_batchnorm import (
     ordinary_batchnorm,
 )
 from fastssl.models.heads import ProjectorConfig
+from fastssl.models.recompute import recompute_blocks
 from fastssl.training.networks import Bf16Weights
 from fastssl.utils.compiled import Compiled
 
@@ -181,6 +183,20 @@ def test_the_backward_pass_keeps_the_input_and_two_numbers_for_each_group_and_ch
     assert sizes[1] <= sizes[0] - running + 2 * 2 * (3 - 1) * 6 * 4
 
 
+def test_blocks_that_are_computed_again_see_their_groups_and_move_nothing() -> None:
+    network = encoder(dtype=torch.float64)
+    twin = copy.deepcopy(network)
+    twin.norms = BatchNorms(twin)
+    assert recompute_blocks(twin.backbone) == ""
+    for form in (network, twin):
+        form([pictures(8, dtype=torch.float64), pictures(4, 16, torch.float64)], groups=6, views=3)[
+            :, 0
+        ].sum().backward()
+    for mine, other in zip(network.parameters(), twin.parameters()):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, network.buffers(), twin.buffers()))
+
+
 def test_outside_of_a_pass_and_in_evaluation_the_layers_are_plain() -> None:
     network = encoder()
     network.backbone(pictures(4))
@@ -228,7 +244,7 @@ def counting_graphs() -> Iterator[list]:
 def test_a_compiled_network_is_one_graph_for_all_steps() -> None:
     network = encoder(dtype=torch.float64)
     twin = copy.deepcopy(network)
-    twin.norms = type(network.norms)(twin)
+    twin.norms = BatchNorms(twin)
     with counting_graphs() as graphs:
 
         def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
