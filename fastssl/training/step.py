@@ -329,7 +329,10 @@ class TrainStep:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
         names = " and ".join(("student", "teacher")[: len(self.networks)])
         with telling(f"compiling {names}", self.say):
-            self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
+            # Of a block that is computed again a compiler that gives up half way would forget what surrounds its second
+            # pass.
+            how = {"dynamic": False, "fullgraph": self.recipe.train.checkpoint}
+            self.method.set_forward_modules(*(torch.compile(network, **how) for network in self.networks))
             self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:
