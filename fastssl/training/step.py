@@ -324,7 +324,9 @@ class TrainStep:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
         self.say(f"compiling {' and '.join(('student', 'teacher')[: len(self.networks)])}, which may take minutes")
-        self.method.set_forward_modules(*(torch.compile(network, dynamic=False) for network in self.networks))
+        # Of a block that is computed again a compiler that gives up half way would forget what surrounds its second pass.
+        how = {"dynamic": False, "fullgraph": self.recipe.train.checkpoint}
+        self.method.set_forward_modules(*(torch.compile(network, **how) for network in self.networks))
         self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:

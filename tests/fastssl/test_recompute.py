@@ -145,6 +145,15 @@ def test_it_goes_with_the_other_switches(switch: str, monkeypatch: pytest.Monkey
     assert not plain.fallbacks and not again.fallbacks
 
 
+def test_batchnorm_groups_of_the_queries_are_the_same_in_the_second_pass() -> None:
+    groups = {"moco__bn_by_view": "true", "moco__split_bn_queries": 2, "moco__split_bn": 2}
+    steps = [
+        TrainStep(recipe(**groups, train__checkpoint=which), CPU, amp=False, seed=0) for which in ("false", "true")
+    ]
+    assert train(steps[0]) == train(steps[1]) and not steps[1].fallbacks
+    assert all(map(torch.equal, *(step.method.state_dict().values() for step in steps)))
+
+
 def test_a_network_without_blocks_trains_without_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "blocks_of", lambda backbone: [])
     step = TrainStep(recipe(train__checkpoint="true"), CPU, amp=False, seed=0)
