@@ -325,8 +325,9 @@ class TrainStep:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
         self.say(f"compiling {' and '.join(('student', 'teacher')[: len(self.networks)])}, which may take minutes")
         # Of a block that is computed again a compiler that gives up half way would forget what surrounds its second pass.
-        how = {"dynamic": False, "fullgraph": self.recipe.train.checkpoint}
-        self.method.set_forward_modules(*(torch.compile(network, **how) for network in self.networks))
+        whole = self.recipe.train.checkpoint
+        compiled = (torch.compile(network, dynamic=False, fullgraph=whole) for network in self.networks)
+        self.method.set_forward_modules(*compiled)
         self._run(inputs)
 
     def _capture(self, inputs: StepInputs) -> None:
