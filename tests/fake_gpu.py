@@ -56,6 +56,7 @@ class Crossings(TorchDispatchMode):
         self.pinned: set[int] = set()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.bytes, self.strict = 0, True
+        self.lock = threading.RLock()  # fake tensors are for one thread at a time
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         self.pinned.add(tensor.untyped_storage()._cdata)
@@ -63,7 +64,10 @@ class Crossings(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with self.lock:
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func, args, kwargs):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if torch.device(kwargs.get("device") or "cpu").type == "cuda" and len(given) == 1:
             args = (self.fakes.from_tensor(given[0]), *args[1:])  # what is real would be moved for real

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,15 @@ pytestmark = pytest.mark.engines
 SPECS = [ViewSpec(size=32, count=2, area=(0.2, 1.0)), ViewSpec(size=16, count=3, interpolation="bicubic")]
 
 
+def locked(work: Callable, lock: threading.RLock) -> Callable:
+    def call(*args: object) -> object:
+        with lock:
+            return work(*args)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:colour operations are not compiled:UserWarning")
 @pytest.mark.parametrize("colour", [True, False])
 @pytest.mark.parametrize(("engine", "crops"), [("native", "host"), ("native", "device"), ("ffcv", "auto")])
 def test_the_host_neither_waits_nor_copies_from_memory_that_is_not_pinned(
@@ -38,6 +48,7 @@ def test_the_host_neither_waits_nor_copies_from_memory_that_is_not_pinned(
         if engine == "ffcv":
             ffcv = importlib.import_module("fastssl.pipelines.engines.ffcv")
             monkeypatch.setattr(ffcv, "_Epoch", unset_fake_temporarily()(ffcv._Epoch))
+            monkeypatch.setattr(ffcv.FfcvEngine, "_views", locked(ffcv.FfcvEngine._views, crossings.lock))
         with ViewLoader(beton, SPECS, 12, device="cuda", pipeline=engine, crops=crops, colour=colour) as loader:
             for epoch in range(2):
                 crossings.strict = epoch > 0  # constants are made once, and kept
