@@ -111,6 +111,8 @@ def test_all_parts_run_from_any_folder_without_an_installed_package(stand_in, tm
     assert all(line.startswith("[") and " s] " in line for line in done.stdout.splitlines())
     assert "measuring step" in done.stdout
     assert (tmp_path / "out" / "log.txt").read_text() == done.stdout
+    # What a part leaves of its time the next one has: 25 and 70 s, doubled for a smoke test.
+    assert 140 < int(re.search(r"step-graph: at most (\d+) s", done.stdout)[1]) <= 190
     # All four recipes go through step, loader and train; real and synthetic input; both precisions; compiled and not.
     commands = (tmp_path / "log").read_text().splitlines()
     for bench in ("step", "loader", "train", "views"):
