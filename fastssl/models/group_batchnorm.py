@@ -40,13 +40,11 @@ class BatchNorms:
         a layer only changes its class.
         """
         self.complete = True
-        number = 0
-        for layer in network.modules():
+        for number, layer in enumerate(network.modules()):
             if type(layer) in _BY_GROUP and layer.momentum is not None:
                 layer.__class__ = _BY_GROUP[type(layer)]
             if isinstance(layer, GroupBatchNorm):
                 layer.norms, layer.number = self, number
-                number += 1
             elif isinstance(layer, _BatchNorm) or "running_var" in layer._buffers:
                 self.complete = False
         self.forget()
@@ -59,7 +57,7 @@ class BatchNorms:
         self.groups: int | None = None
         self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
 
-    def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor] = ()) -> None:
+    def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor]) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""
         self._taken.setdefault(layer.number, []).append((layer, self.groups or 1, statistics))
 
@@ -115,31 +113,17 @@ class GroupBatchNorm(_BatchNorm):
             running = (self.running_mean, self.running_var) if tracked else (None, None)
             momentum = self.momentum or 0.0
             output = functional.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
-            if tracked:
-                norms.took(self)
+            statistics: list[Tensor] = []
         else:
             output, *statistics = _normalise(input, self.weight, self.bias, norms.groups, self.eps)
-            if tracked:
-                norms.took(self, statistics)
+        if tracked:
+            norms.took(self, statistics)
         return self.act(self.drop(output)) if isinstance(self, BatchNormAct2d) else output
 
 
-class GroupBatchNorm1d(GroupBatchNorm, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` by groups."""
-
-
-class GroupBatchNorm2d(GroupBatchNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` by groups."""
-
-
-class GroupBatchNormAct2d(GroupBatchNorm, BatchNormAct2d):
-    """timm's ``BatchNormAct2d`` by groups, with its own activation and drop layers."""
-
-
 _BY_GROUP: dict[type, type] = {
-    nn.BatchNorm1d: GroupBatchNorm1d,
-    nn.BatchNorm2d: GroupBatchNorm2d,
-    BatchNormAct2d: GroupBatchNormAct2d,
+    kind: type(f"Group{kind.__name__}", (GroupBatchNorm, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 }
 
 
@@ -168,8 +152,8 @@ def in_turn(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: i
     """One group after the other, by torch's own kernels."""
     running = at_least_float32(input.detach()[:0]).new_zeros(2, groups, input.shape[1])
     parts = [  # with a momentum of 1 running statistics become those of the group
-        functional.batch_norm(part, *of_group, weight, bias, True, 1.0, eps)
-        for part, *of_group in zip(input.chunk(groups), *running)
+        functional.batch_norm(part, mean, variance, weight, bias, True, 1.0, eps)
+        for part, mean, variance in zip(input.chunk(groups), *running)
     ]
     return [torch.cat(parts), *running]
 
