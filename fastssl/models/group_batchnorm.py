@@ -40,13 +40,11 @@ class BatchNorms:
         a layer only changes its class.
         """
         self.complete = True
-        number = 0
-        for layer in network.modules():
+        for number, layer in enumerate(network.modules()):
             if type(layer) in _BY_GROUP and layer.momentum is not None:
                 layer.__class__ = _BY_GROUP[type(layer)]
             if isinstance(layer, GroupBatchNorm):
                 layer.norms, layer.number = self, number
-                number += 1
             elif isinstance(layer, _BatchNorm) or "running_var" in layer._buffers:
                 self.complete = False
         self.forget()
@@ -59,7 +57,7 @@ class BatchNorms:
         self.groups: int | None = None
         self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
 
-    def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor] = ()) -> None:
+    def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor]) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""
         self._taken.setdefault(layer.number, []).append((layer, self.groups or 1, statistics))
 
@@ -115,31 +113,17 @@ class GroupBatchNorm(_BatchNorm):
             running = (self.running_mean, self.running_var) if tracked else (None, None)
             momentum = self.momentum or 0.0
             output = functional.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
-            if tracked:
-                norms.took(self)
+            statistics: list[Tensor] = []
         else:
-            output, *statistics = _Normalise.apply(input, self.weight, self.bias, norms.groups, self.eps)
-            if tracked:
-                norms.took(self, statistics)
+            output, *statistics = _normalise(input, self.weight, self.bias, norms.groups, self.eps)
+        if tracked:
+            norms.took(self, statistics)
         return self.act(self.drop(output)) if isinstance(self, BatchNormAct2d) else output
 
 
-class GroupBatchNorm1d(GroupBatchNorm, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` by groups."""
-
-
-class GroupBatchNorm2d(GroupBatchNorm, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` by groups."""
-
-
-class GroupBatchNormAct2d(GroupBatchNorm, BatchNormAct2d):
-    """timm's ``BatchNormAct2d`` by groups, with its own activation and drop layers."""
-
-
 _BY_GROUP: dict[type, type] = {
-    nn.BatchNorm1d: GroupBatchNorm1d,
-    nn.BatchNorm2d: GroupBatchNorm2d,
-    BatchNormAct2d: GroupBatchNormAct2d,
+    kind: type(f"Group{kind.__name__}", (GroupBatchNorm, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 }
 
 
@@ -156,52 +140,60 @@ def ordinary_batchnorm(network: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------- one layer
 
 
-class _Normalise(torch.autograd.Function):
-    """(input (N, C, ...), weight, bias, groups, eps) -> output, mean, unbiased variance (groups, C). It keeps what
-    ``nn.BatchNorm2d`` keeps: the input, and two numbers for each group and channel.
+def _normalise(input: Tensor, *how: Any) -> list[Tensor]:
+    """(input (N, C, ...), weight, bias, groups, eps) -> the same, normalised; mean and unbiased variance, (groups, C)
+    each, without gradient.
     """
+    found = in_turn if input.device.type == "cpu" and not torch.compiler.is_compiling() else Together.apply
+    return list(found(input, *how))
+
+
+def in_turn(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> list[Tensor]:
+    """One group after the other, by torch's own kernels."""
+    running = at_least_float32(input.detach()[:0]).new_zeros(2, groups, input.shape[1])
+    parts = [  # with a momentum of 1 running statistics become those of the group
+        functional.batch_norm(part, mean, variance, weight, bias, True, 1.0, eps)
+        for part, mean, variance in zip(input.chunk(groups), *running)
+    ]
+    return [torch.cat(parts), *running]
+
+
+class Together(torch.autograd.Function):
+    """All groups at once. It keeps what a BatchNorm keeps: the input, and two numbers for each group and channel."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        normalise = _chosen(input, forward_together, forward_in_turn)
-        output, mean, variance, invstd = normalise(input, weight, bias, groups, eps)
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, variance, invstd = _kernels(forward)(input, weight, *how)
         ctx.save_for_backward(input, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, variance)
         return output, mean, variance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd = ctx.saved_tensors
-        found = _chosen(input, backward_together, backward_in_turn)(grad, input, weight, mean, invstd)
-        return *(found if weight is not None else (found[0], None, None)), None, None
+        to_input, *of_affine = _kernels(backward)(grad, *ctx.saved_tensors)
+        return to_input, *(of_affine if ctx.saved_tensors[1] is not None else (None, None)), None, None
 
 
-#: A function of all groups together, and the same in turn -> the first one compiled.
 compiled = lru_cache(maxsize=None)(Compiled)
 
 
-def _chosen(input: Tensor, together: Callable, in_turn: Callable) -> Callable:
-    """Within a compiled network plain operations, which the compiler joins with their neighbours. None of its kernels
-    where bits have to stay: it chooses them by the clock.
+def _kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As it is within a compiled network, where the compiler joins it with its neighbours, and where bits have to stay:
+    a compiler chooses by the clock.
     """
-    if torch.compiler.is_compiling():
-        return together
-    on_gpu = input.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    return compiled(together, in_turn) if on_gpu else in_turn
+    plain = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
+    return function if plain else compiled(function)
 
 
 def not_compiled() -> str:
-    """Why a GPU's groups are normalised in turn; empty: they are not, or there were none yet."""
-    both = compiled(forward_together, forward_in_turn), compiled(backward_together, backward_in_turn)
-    return both[0].reason or both[1].reason
+    """Why the groups' kernels are not compiled on a GPU; empty: they are, or there were none yet."""
+    return compiled(forward).reason or compiled(backward).reason
 
 
-def forward_together(
+def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(N, C, ...) -> the same, normalised; mean, unbiased variance and 1 / deviation, (groups, C) each."""
+    """``input`` (N, C, ...) normalised; mean, unbiased variance and 1 / deviation, (groups, C) each."""
     wide, shape = at_least_float32(input), _of_channels(input)
     maps = wide.unflatten(0, (groups, -1))
     variance, mean = torch.var_mean(maps, [1, *range(3, maps.dim())], correction=0)
@@ -216,20 +208,7 @@ def forward_together(
     return output.to(input.dtype), mean, variance * (rows / (rows - 1)), invstd
 
 
-def forward_in_turn(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``forward_together`` by torch's own kernels, one group after the other."""
-    output = torch.empty_like(input)
-    mean, variance, unused, invstd = at_least_float32(input[:0]).new_zeros(4, groups, input.shape[1])
-    for n, (group, place) in enumerate(zip(input.chunk(groups), output.chunk(groups))):
-        # With a momentum of 1 the running statistics become those of the group.
-        running, out = (mean[n], variance[n]), (place, unused[n], invstd[n])
-        torch.native_batch_norm(group, weight, bias, *running, True, 1.0, eps, out=out)
-    return output, mean, variance, invstd
-
-
-def backward_together(
+def backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient by the output, (N, C, ...) -> those by the input, weight and bias."""
@@ -242,17 +221,6 @@ def backward_together(
     to_input = (grads - (to_bias + normal * to_weight) / maps[0, :, 0].numel()) * scale
     of_affine = torch.stack([to_weight, to_bias]).flatten(2).sum(1)
     return to_input.flatten(0, 1).to(input.dtype), *of_affine.unbind()
-
-
-def backward_in_turn(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``backward_together`` by torch's own kernels, one group after the other."""
-    kernel, groups = torch.ops.aten.native_batch_norm_backward, len(mean)
-    each = zip(grad.chunk(groups), input.chunk(groups), mean, invstd)
-    found = [kernel(g, x, weight, None, None, *kept, True, 0.0, [True] * 3) for g, x, *kept in each]
-    to_input, to_weight, to_bias = zip(*found)
-    return torch.cat(to_input), torch.stack(to_weight).sum(0), torch.stack(to_bias).sum(0)
 
 
 def _of_channels(input: Tensor) -> tuple[int, ...]:

@@ -142,10 +142,9 @@ def _only_multiplies(layer: nn.Module) -> bool:
 class Bf16Weights:
     """A copy of a network that computes with bfloat16 weights where autocast would; they are cast once a step.
 
-    Autocast casts a weight whenever a layer needs it: once a step in the student, whose casts it keeps, but once for
-    every pass in a network without gradient, and the teacher makes a pass for each BatchNorm group. In
-    MobileNet-V3-Large 167 of a step's 632 kernels are such casts. Here they are filled from the float32 weights in one
-    go, and the student's gradients come back the same way. The numbers are those of autocast to the last bit.
+    Autocast casts a weight whenever a layer needs it, tensor by tensor, and in a network without gradient for every
+    pass. Here all are filled from the float32 weights in one go, and the student's gradients come back the same way.
+    The numbers are those of autocast to the last bit.
 
     Every other parameter and every buffer (BatchNorm's statistics, position embeddings) is the very tensor of the
     original, so that there is one truth.

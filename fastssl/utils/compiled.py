@@ -1,4 +1,4 @@
-"""Functions that torch.compile makes kernels of, and what runs where it cannot."""
+"""Functions that torch.compile makes kernels of, where it can."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from fastssl.errors import without_folders
 
 
 class Compiled:
-    """A function of tensors, compiled at its first call, for all sizes at once; where that cannot be had, another one.
+    """A function of tensors, compiled at its first call for all sizes at once; where that cannot be had, as it is.
 
     Args:
-        function: what is compiled; makes no constants, which a recorded step would copy at every replay.
-        otherwise: computes the same without a compiler.
+        function: makes no constants, which a recorded step would copy at every replay.
 
     Attributes:
-        reason: why ``otherwise`` runs; empty while it does not.
+        reason: why nothing is compiled; empty while it is.
     """
 
-    def __init__(self, function: Callable[..., Any], otherwise: Callable[..., Any]):
-        self._compiled, self._otherwise, self.reason = torch.compile(function, dynamic=True), otherwise, ""
+    def __init__(self, function: Callable[..., Any]):
+        self._function, self._compiled = function, torch.compile(function, dynamic=True)
+        self.reason = "switched off by TORCH_COMPILE_DISABLE" if torch._dynamo.config.disable else ""
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch._dynamo.config.disable:
-            self.reason = "switched off by TORCH_COMPILE_DISABLE"
         if not self.reason:
             try:
                 return self._compiled(*arguments)
@@ -35,4 +33,4 @@ class Compiled:
             except Exception as error:  # whatever a compiler may fail with
                 # It quotes its command line, with all folders in it.
                 self.reason = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"
-        return self._otherwise(*arguments)
+        return self._function(*arguments)

@@ -6,7 +6,7 @@ import copy
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,17 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.methods.base import Encoder, new_encoder
+from fastssl.models import group_batchnorm
 from fastssl.models.backbones import create_backbone
-from fastssl.models.group_batchnorm import (
-    BatchNorms,
-    backward_in_turn,
-    backward_together,
-    compiled,
-    forward_in_turn,
-    forward_together,
-    not_compiled,
-    ordinary_batchnorm,
-)
+from fastssl.models.group_batchnorm import BatchNorms, Together, forward, in_turn, not_compiled, ordinary_batchnorm
 from fastssl.models.heads import ProjectorConfig
 from fastssl.models.recompute import recompute_blocks
 from fastssl.training.networks import Bf16Weights
@@ -122,21 +114,26 @@ def test_other_layers_that_look_at_a_batch_get_a_pass_for_each_group() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (12, 5)])
-def test_all_groups_together_are_the_groups_in_turn(dtype: torch.dtype, affine: bool, shape: tuple[int, ...]) -> None:
+def test_all_groups_together_are_the_groups_in_turn(
+    dtype: torch.dtype, affine: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(group_batchnorm, "compiled", lambda function: function)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias = torch.randn(2, 5, dtype=wide) if affine else (None, None)
     input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     if len(shape) == 4:
         input = input.to(memory_format=torch.channels_last)
-    (mine, *kept), (other, *wanted) = (f(input, weight, bias, 3, 1e-3) for f in (forward_together, forward_in_turn))
-    bound = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(mine, other, **bound)
-    torch.testing.assert_close(kept, wanted)
-    assert all(one.dtype == wide for one in kept) and mine.stride() == other.stride() == input.stride()
-    mean, _, invstd = wanted
-    gradients = [of(grad, input, weight, mean, invstd) for of in (backward_together, backward_in_turn)]
-    torch.testing.assert_close(*gradients, **bound)
+    found = []
+    for normalise in (Together.apply, in_turn):
+        leaf = input.clone().requires_grad_()
+        output, *statistics = normalise(leaf, weight, bias, 3, 1e-3)
+        assert output.stride() == input.stride() and {one.dtype for one in statistics} == {wide}
+        output.backward(grad)
+        found.append(([output, leaf.grad], statistics))
+    bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found[0][0], found[1][0], **bound)
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 class Launches(TorchDispatchMode):
@@ -161,26 +158,21 @@ def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> No
     assert int(network.projector[1].num_batches_tracked) == groups
 
 
-def test_the_backward_pass_keeps_the_input_and_two_numbers_for_each_group_and_channel() -> None:
-    kept: dict[int, Tensor] = {}
+@pytest.mark.parametrize("normalise", [Together.apply, in_turn])
+def test_the_backward_pass_keeps_the_input_and_little_else(
+    normalise: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_batchnorm, "compiled", lambda function: function)
+    kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def layers() -> Encoder:
-        return Encoder(nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Flatten()), nn.Identity()).train()
-
-    sizes = []
-    for groups in (1, 3):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layers()(torch.randn(12, 6, 5, 5, requires_grad=True), groups=groups)
-        sizes.append(sum(tensor.nbytes for tensor in kept.values() if len(tensor) != 0))
-        maps = [tensor for tensor in kept.values() if tensor.dim() == 4]
-        assert len(maps) == 2
-    running = 2 * 2 * 6 * 4  # the plain layer also keeps these
-    assert sizes[1] <= sizes[0] - running + 2 * 2 * (3 - 1) * 6 * 4
+    maps, (weight, bias) = torch.randn(12, 6, 9, 9, requires_grad=True), torch.randn(2, 6, requires_grad=True).unbind()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        normalise(maps, weight, bias, 3, 1e-5)
+    assert maps.nbytes < sum(kept.values()) < 1.1 * maps.nbytes
 
 
 def test_blocks_that_are_computed_again_see_their_groups_and_move_nothing() -> None:
@@ -266,7 +258,7 @@ def test_a_compiled_network_is_one_graph_for_all_steps() -> None:
         torch.testing.assert_close(mine.grad, other.grad)
 
 
-def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_function_runs_as_it_is_and_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(function: object, **options: object) -> object:
         def call(*arguments: object) -> None:
             raise RuntimeError("no compiler in /secret/folder/cc")
@@ -274,7 +266,7 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
         return call
 
     monkeypatch.setattr(torch, "compile", fails)
-    function = Compiled(forward_together, forward_in_turn)
+    function = Compiled(forward)
     input = torch.randn(4, 3)
     output = function(input, None, None, 2, 1e-5)[0]
     torch.testing.assert_close(output.view(2, 2, 3).mean(1), torch.zeros(2, 3))
@@ -285,21 +277,21 @@ def test_without_a_compiler_the_groups_go_in_turn_and_the_reason_is_kept(monkeyp
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(forward_together, forward_in_turn)(input, None, None, 2, 1e-5)
+        Compiled(forward)(input, None, None, 2, 1e-5)
 
 
 @pytest.mark.slow
 def test_the_compiled_kernels_compute_the_same() -> None:
     """By Inductor for this CPU; the same functions are compiled for a GPU."""
     torch.manual_seed(0)
-    forward, backward = compiled(forward_together, forward_in_turn), compiled(backward_together, backward_in_turn)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         for shape in ((8, 16, 5, 5), (16, 8, 7, 7), (24, 32)):
             input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
-            weight, bias = torch.randn(2, shape[1])
-            found, other = (f(input, weight, bias, 4, 1e-5) for f in (forward, forward_in_turn))
-            torch.testing.assert_close(found[0], other[0], rtol=bound, atol=bound)
-            torch.testing.assert_close(found[1:], other[1:])
-            gradients = [f(grad, input, weight, found[1], found[3]) for f in (backward, backward_in_turn)]
-            torch.testing.assert_close(*gradients, rtol=bound, atol=bound)
+            results = []
+            for normalise in (Together.apply, in_turn):
+                leaves = [input.clone(), *torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))]
+                output, *statistics = normalise(*(leaf.requires_grad_() for leaf in leaves), 4, 1e-5)
+                output.backward(grad)
+                results.append([output, *statistics, *(leaf.grad for leaf in leaves)])
+            torch.testing.assert_close(*results, rtol=bound, atol=bound)
     assert not_compiled() == ""
