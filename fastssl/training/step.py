@@ -324,7 +324,7 @@ class TrainStep:
         if torch._dynamo.config.disable:
             raise FastSSLError("switched off by TORCH_COMPILE_DISABLE")
         self.say(f"compiling {' and '.join(('student', 'teacher')[: len(self.networks)])}, which may take minutes")
-        # Of a block that is computed again a compiler that gives up half way would forget what surrounds its second pass.
+        # A compiler that gives up half way through a block would forget what surrounds its second pass.
         whole = self.recipe.train.checkpoint
         compiled = (torch.compile(network, dynamic=False, fullgraph=whole) for network in self.networks)
         self.method.set_forward_modules(*compiled)
