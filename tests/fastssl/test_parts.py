@@ -88,9 +88,7 @@ def test_batchnorm_sees_a_part_and_its_running_statistics_move_once(case: str, e
     for name, layer in norms.items():
         once = whole.method.student.get_submodule(name)
         assert int(layer.num_batches_tracked) == int(once.num_batches_tracked), name
-        # At momentum 0.1 a second move would show: means that begin at 0 are then nearly twice as far.
-        lengths = [one.running_mean.norm() for one in (layer, once)]
-        assert 0 < lengths[0] < 1.5 * lengths[1], name
+        torch.testing.assert_close(layer.running_mean, last.student.get_submodule(name).running_mean)
         torch.testing.assert_close(layer.running_var, last.student.get_submodule(name).running_var)
 
 
