@@ -8,7 +8,7 @@ counts; what stays a kernel of torch (convolutions, products) is counted as `tra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -44,7 +44,7 @@ def counting_compile(counter: Counter) -> Iterator[None]:
     def backend(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
         return compile_fx.compile_fx(graph, inputs, inner_compile=counted_graph)
 
-    def counted_graph(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+    def counted_graph(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes its own
         total = Traffic(0, 0)
         try:
@@ -91,7 +91,8 @@ def _of_node(node: Any) -> Traffic:
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return Traffic(0, 0)
     if isinstance(node, scheduler.ExternKernelSchedulerNode):
-        kernel, origin = node.node, node.node.get_origin_node()
+        kernel: Any = node.node
+        origin = kernel.get_origin_node()
         if type(kernel).__name__ == "MultiOutput":
             return Traffic(0, 0)
         if origin is not None and isinstance(origin.target, torch._ops.OpOverload):

@@ -82,17 +82,18 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         yield torch.cuda, name, lambda *args, value=value: value
     yield torch.cuda, "get_rng_state", lambda *args: torch.zeros(16, dtype=torch.uint8)
     yield torch.cuda, "set_rng_state", lambda *args: None
-    yield networks_module, "initial_backbone", _without_content(networks_module.initial_backbone)
+    yield networks_module, "create_backbone", _without_content(networks_module.create_backbone)
 
 
 def _without_content(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """timm looks at values while it makes a network: it is made of real numbers, which are then forgotten."""
 
-    def made(*args: Any) -> nn.Module:
+    def made(*args: Any, **options: Any) -> nn.Module:
         with unset_fake_temporarily():
-            network = create(*args)
+            network = create(*args, **options)
         for module in network.modules():
-            for kind in (module._parameters, module._buffers):
+            kinds: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+            for kind in kinds:
                 for name, real in kind.items():
                     if real is not None:
                         empty = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
@@ -106,7 +107,8 @@ def _deepcopy(self: Tensor, memo: dict[int, Any]) -> Tensor:
     if id(self) not in memo:
         copy = self.detach().clone(memory_format=torch.preserve_format)
         memo[id(self)] = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
-    return memo[id(self)]
+    found: Tensor = memo[id(self)]
+    return found
 
 
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

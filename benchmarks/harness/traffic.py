@@ -86,7 +86,8 @@ def traffic(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any)
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    number: int = tensor.untyped_storage()._cdata
+    return number
 
 
 def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
