@@ -82,15 +82,15 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
         yield torch.cuda, name, lambda *args, value=value: value
     yield torch.cuda, "get_rng_state", lambda *args: torch.zeros(16, dtype=torch.uint8)
     yield torch.cuda, "set_rng_state", lambda *args: None
-    yield networks_module, "initial_backbone", _without_content(networks_module.initial_backbone)
+    yield networks_module, "create_backbone", _without_content(networks_module.create_backbone)
 
 
 def _without_content(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """timm looks at values while it makes a network: it is made of real numbers, which are then forgotten."""
 
-    def made(*args: Any) -> nn.Module:
+    def made(*args: Any, **options: Any) -> nn.Module:
         with unset_fake_temporarily():
-            network = create(*args)
+            network = create(*args, **options)
         for module in network.modules():
             for kind in (module._parameters, module._buffers):
                 for name, real in kind.items():

@@ -116,5 +116,9 @@ def _call(node: Any, at: dict[int, Tensor]) -> Sequence[Tensor | None]:
 def _accumulate(leaf: Tensor, grad: Tensor) -> None:
     if leaf.grad is not None:
         leaf.grad.add_(grad)
-    else:  # a gradient in another layout is copied, as the optimiser's kernels want the parameter's
-        leaf.grad = grad if grad.stride() == leaf.stride() else torch.empty_like(leaf).copy_(grad)
+        return
+    strides = zip(grad.stride(), leaf.stride(), leaf.shape)
+    if all(ours == theirs or size == 1 for ours, theirs, size in strides):
+        leaf.grad = grad
+    else:  # the optimiser's kernels want the parameter's layout
+        leaf.grad = torch.empty_like(leaf).copy_(grad)
