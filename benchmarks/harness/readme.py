@@ -22,6 +22,9 @@ from fastssl.pipelines.engines.base import PIPELINES
 
 _PLACE = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
+#: Parts of a counted step that have a column, in GB.
+_COUNTED_PARTS = ("colour", "teacher", "student", "backward")
+
 
 def part_table(records: Iterable[Record]) -> str:
     """What was measured, the figure in words, and the command that made it: one row for each command and thing."""
@@ -103,6 +106,24 @@ def _beside(record: Record | None) -> str:
     return figure(record.pair_per_s) + (f" ({record.ratio_to_peer:.1f})" if record.ratio_to_peer is not None else "")
 
 
+def counted_table(records: Iterable[Record]) -> str:
+    """What a step launches, moves and holds, as it was counted: a row for each count."""
+    lines = [
+        "| recipe, batch | networks | launches | GB moved | colour | teacher | student | backward | GB alive at most |"
+        " commit |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --- |",
+    ]
+    for record in records:
+        if record.bench == "count" and record.details:
+            details, parts = record.details, record.details["parts"]
+            moved = [f"{parts[name]['bytes'] / 1e9:.1f}" if name in parts else "" for name in _COUNTED_PARTS]
+            form = "compiled" if details["compiled"] else "as written"
+            cells = [f"{record.recipe}, {record.batch_size}", form, f"{details['launches']:,}"]
+            cells += [f"{details['bytes'] / 1e9:.1f}", *moved, f"{details['peak_bytes'] / 1e9:.1f}", f"{record.git}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def own_recipe_table(records: Iterable[Record]) -> str:
     """``recipe_table`` of the recipes with the networks that they were made for; below it, which are missing."""
     own = [record for record in records if "--arch" not in str((record.details or {}).get("command")).split()]
@@ -111,7 +132,7 @@ def own_recipe_table(records: Iterable[Record]) -> str:
     return recipe_table(own).rstrip() + "\n" + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")
 
 
-TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_table}
+TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_table, "counted": counted_table}
 
 
 def fill(text: str, records: Sequence[Record]) -> str:

@@ -51,10 +51,12 @@ def test_gradients_are_the_engines_and_in_the_same_layout(in_python: None) -> No
     theirs, images = copy.deepcopy(ours), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for _ in range(2):  # the second adds
         loss_of(ours, images).backward()
-    with patch.object(torch.autograd, "_engine_run_backward", torch.autograd.graph._engine_run_backward):
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            for _ in range(2):
-                loss_of(theirs, images).backward()
+    with (
+        patch.object(torch.autograd, "_engine_run_backward", torch.autograd.graph._engine_run_backward),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
+        for _ in range(2):
+            loss_of(theirs, images).backward()
     for mine, other in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-9)  # sums in another order
         assert mine.grad.stride() == other.grad.stride()

@@ -17,7 +17,8 @@ from fastssl.errors import FastSSLError
 #: that hold tables of measured figures
 PAGES = ("README.md", "docs/performance.md")
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
-RESULTS = sorted((ROOT / "benchmarks" / "results" / "cpu-2core-epyc").glob("*.jsonl"))
+MEASURED, COUNTED = (ROOT / "benchmarks" / "results" / name for name in ("cpu-2core-epyc", "counted"))
+RESULTS = [*sorted(MEASURED.glob("*.jsonl")), *sorted(COUNTED.glob("*.jsonl"))]
 
 
 def records() -> list[Record]:
@@ -29,9 +30,8 @@ def test_the_pages_figures_are_those_of_the_records() -> None:
     for page in PAGES:
         text = (ROOT / page).read_text()
         found += re.findall(r"<!-- figures: ([\w-]+) -->", text)
-        assert fill(text, records()) == text, (
-            f"run: python -m fastssl.benchmarks.harness.readme {page} benchmarks/results/cpu-2core-epyc/*.jsonl"
-        )
+        files = "benchmarks/results/{cpu-2core-epyc,counted}/*.jsonl"
+        assert fill(text, records()) == text, f"run: python -m fastssl.benchmarks.harness.readme {page} {files}"
     assert sorted(found) == sorted(TABLES)
 
 
