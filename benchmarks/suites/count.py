@@ -134,7 +134,8 @@ def table(record: Record) -> str:
     kind = "bf16" if details["amp"] == "bf16" else "float32"
     networks = "compiled" if details["compiled"] else "as they are written"
     lines = [
-        f"{record.recipe}, {record.arch}, batch {batch}, {kind}, networks {networks}",
+        f"{record.recipe}, {record.arch}",
+        f"batch {batch}, {kind}, networks {networks}",
         f"{'counted, not measured':<30}{'launches':>10}{'GB moved':>10}{'share':>8}{'GB kept':>10}",
     ]
     for name, one in details["parts"].items():

@@ -1,0 +1,73 @@
+"""A whole step on a GPU that is not there: what it may do, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastssl.benchmarks.harness.records import Record, missing_parts
+from fastssl.benchmarks.suites import count
+from fastssl.config.recipe import Recipe, load_recipe
+from fastssl.methods.base import StepOutput
+from fastssl.methods.simclr import SimCLR
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+
+
+def small() -> Recipe:
+    changes = {"views.0.size": "32", "simclr.neighbors": "5", "simclr.projector.hidden": "16"}
+    return replace(load_recipe("simclr-mobilenetv3", changes), arch="mobilenetv3_small_050")
+
+
+def test_a_step_is_counted_by_part_and_shown_in_80_columns() -> None:
+    found = count.count_step(small(), 8, amp=True, compiled=False)
+    parts = found["parts"]
+    assert {"colour", "student", "loss", "backward", "optimiser and average"} <= set(parts) and not found["fallbacks"]
+    assert found["bytes"] == sum(one["bytes"] for one in parts.values()) > 0
+    assert parts["student"]["kept"] > 0 > parts["backward"]["kept"] and found["peak_bytes"] > found["state_bytes"] > 0
+    details = {"amp": "bf16", "compiled": False, "command": "fastssl bench step --count", **found}
+    record = Record("count", "simclr-mobilenetv3", "mobilenetv3_small_050", batch_size=8, git="abc", details=details)
+    assert max(map(len, count.table(record).splitlines())) <= 80
+    assert missing_parts(record) == [] and missing_parts(replace(record, details={**details, "bytes": 0})) == ["figure"]
+
+
+def reads_a_value(output: StepOutput) -> None:
+    output.loss.item()
+
+
+def constant_on_the_cpu(output: StepOutput) -> None:
+    output.metrics + torch.ones(len(output.metrics))
+
+
+@pytest.mark.parametrize("fault", [reads_a_value, constant_on_the_cpu])
+def test_what_makes_the_host_wait_or_mixes_devices_is_seen(
+    fault: Callable[[StepOutput], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SimCLR.loss
+
+    def faulty(*args: object) -> StepOutput:
+        output = real(*args)
+        fault(output)
+        return output
+
+    monkeypatch.setattr(SimCLR, "loss", faulty)
+    words = "_local_scalar_dense" if fault is reads_a_value else "device"
+    with pytest.raises(Exception, match=words):
+        count.count_step(small(), 8, amp=True, compiled=False)
+
+
+def test_a_step_that_cannot_be_counted_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"amp": True, "compiled": False, "seconds": 2.0, "rate": 10.0}
+    parts = {"colour": {"launches": 9, "bytes": 99}, "student": {"launches": 2, "bytes": 10}}
+    monkeypatch.setattr(count, "count_apart", lambda *args, **kwargs: {"parts": parts})
+    expected = {"counted_launches": 2, "counted_bytes": 10, "byte_floor_fraction": 0.5}
+    assert count.beside_time(small(), 8, **options) == expected
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("another\ntorch")
+
+    monkeypatch.setattr(count, "count_apart", broken)
+    assert count.beside_time(small(), 8, **options) == {"not_counted": "RuntimeError: another torch"}
