@@ -57,17 +57,3 @@ def test_what_makes_the_host_wait_or_mixes_devices_is_seen(
     words = "_local_scalar_dense" if fault is reads_a_value else "device"
     with pytest.raises(Exception, match=words):
         count.count_step(small(), 8, amp=True, compiled=False)
-
-
-def test_a_step_that_cannot_be_counted_keeps_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"amp": True, "compiled": False, "seconds": 2.0, "rate": 10.0}
-    parts = {"colour": {"launches": 9, "bytes": 99}, "student": {"launches": 2, "bytes": 10}}
-    monkeypatch.setattr(count, "count_apart", lambda *args, **kwargs: {"parts": parts})
-    expected = {"counted_launches": 2, "counted_bytes": 10, "byte_floor_fraction": 0.5}
-    assert count.beside_time(small(), 8, **options) == expected
-
-    def broken(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("another\ntorch")
-
-    monkeypatch.setattr(count, "count_apart", broken)
-    assert count.beside_time(small(), 8, **options) == {"not_counted": "RuntimeError: another torch"}
