@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastssl.benchmarks.harness.records import Record, missing_parts
+from fastssl.benchmarks.harness.records import Record, missing_parts, read_records
 from fastssl.benchmarks.suites import count
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.methods.base import StepOutput
 from fastssl.methods.simclr import SimCLR
+from fastssl.utils.versions import describe_versions
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
 
@@ -57,3 +59,22 @@ def test_what_makes_the_host_wait_or_mixes_devices_is_seen(
     words = "_local_scalar_dense" if fault is reads_a_value else "device"
     with pytest.raises(Exception, match=words):
         count.count_step(small(), 8, amp=True, compiled=False)
+
+
+@pytest.mark.slow
+def test_the_main_recipe_moves_and_launches_no_more_than_is_said() -> None:
+    """Budgets of what a GPU would do; and the figures of docs/performance.md are those of the code as it is."""
+    name = "light-moco-mobilenetv3"
+    recipe = load_recipe(name)
+    found = count.count_step(recipe, recipe.train.batch_size, amp=True, compiled=False)
+    parts = found["parts"]
+    assert not found["fallbacks"]
+    assert parts["colour"]["launches"] <= 30 and parts["colour"]["bytes"] <= min(5e9, 0.02 * found["bytes"])
+    assert parts["teacher"]["launches"] <= 380 and parts["teacher"]["bytes"] <= 1.02 * parts["student"]["bytes"]
+    assert found["launches"] <= 1450 and found["bytes"] <= 265e9
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "counted" / "step.jsonl"
+    (said,) = [one for one in read_records(path) if one.recipe == name and not one.details["compiled"]]
+    if said.versions["torch"] == describe_versions()["torch"]:  # another compiler, other kernels
+        assert {key: said.details[key] for key in ("launches", "bytes", "peak_bytes")} == {
+            key: found[key] for key in ("launches", "bytes", "peak_bytes")
+        }
