@@ -77,8 +77,10 @@ def _said(step: TrainStep, fitting: int | None) -> str:
     parts, most, processes = step.parts.count, step.parts.tries()[-1], step.world.size
     batch = counted(step.recipe.train.batch_size, "photo") + f" on {processes} processes" * (processes > 1)
     said = f"out of memory: a step of {batch} in {counted(parts, 'part')} does not fit this {step.device.type}"
+    recompute = not step.recipe.train.checkpoint  # which keeps BatchNorm's whole batch
     if fitting is None:
         more = f", nor does one in up to {most:,}" * (most > parts)
-        return f"{said}{more}; a smaller --batch-size or network needs less"
+        return f"{said}{more}; a smaller --batch-size or network{' or train.checkpoint=true' * recompute} needs less"
     sees = ", BatchNorm then sees a part at a time" * bool(step.parts.statistics)
+    sees += "; or --set train.checkpoint=true, if that is enough" * recompute
     return f"{said}; one in {counted(fitting, 'part')} does: --set train.accumulate={fitting}{sees}"

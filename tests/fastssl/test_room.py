@@ -154,7 +154,8 @@ def test_a_run_without_memory_ends_in_one_line_with_the_parts_that_fit(
         pretrain(small(), options(beton, tmp_path / "run"), Silent())
     assert re.fullmatch(
         r"out of memory: a step of 8 photos in 1 part does not fit this cpu; one in 4 parts does: "
-        r"--set train\.accumulate=4, BatchNorm then sees a part at a time",
+        r"--set train\.accumulate=4, BatchNorm then sees a part at a time; "
+        r"or --set train\.checkpoint=true, if that is enough",
         str(found.value),
     )
     assert found.value.__cause__ is None and found.value.__context__ is None, "it would hold the failed step's tensors"
