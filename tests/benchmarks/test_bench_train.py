@@ -37,7 +37,8 @@ class FakeStep:
         self.batches: set[int] = set()
         train = SimpleNamespace(compile=False, graph=False, accumulate=1)
         self.recipe = SimpleNamespace(train=train)
-        self.inner = SimpleNamespace(fallbacks={}, view_dtype=torch.float32, takes_crops=False)
+        parts = SimpleNamespace(count=1)
+        self.inner = SimpleNamespace(fallbacks={}, view_dtype=torch.float32, takes_crops=False, parts=parts)
 
     def __call__(self, views: list[torch.Tensor], tables: object = ()) -> None:
         assert views[0].shape == (16, 3, 32, 32)

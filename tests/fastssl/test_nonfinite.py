@@ -240,6 +240,7 @@ def test_a_run_set_back_twice_goes_on_from_before_the_step_that_it_knows_as_bad(
         "train_seconds": 0,
         "skipped": [],
         "passed_over": [2],
+        "parts": None,
     }
     summary = pretrain(recipe, options(beton, tmp_path / "run"), Silent())
     assert summary["passed_over_steps"] == [2, 4] and same(state(tmp_path / "run"), state(tmp_path / "whole"))
@@ -270,6 +271,7 @@ def test_processes_pass_over_a_step_together(beton: Path, tmp_path: Path) -> Non
         "train_seconds": 0,
         "skipped": [],
         "passed_over": [3],
+        "parts": None,
     }
     kept = [
         load_file(tmp_path / "run" / "nonfinite" / "step-00000003" / name)

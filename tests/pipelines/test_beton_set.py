@@ -478,5 +478,5 @@ def test_ffcv_maps_one_file(shards: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with open_beton(shards) as many:
         with pytest.raises(FastSSLError, match="FFCV maps one file, and these are 4; use --pipeline native"):
             require_engine("ffcv", many, VIEWS)
-        with pytest.raises(FastSSLError, match="8 pictures of it stored raw, which DALI cannot decode"):
+        with pytest.raises(FastSSLError, match="8 pictures of it stored raw, which dali cannot decode"):
             require_engine("dali", many, [ViewSpec(size=32, count=1)])
