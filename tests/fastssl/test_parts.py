@@ -95,14 +95,16 @@ def test_batchnorm_sees_a_part_and_its_running_statistics_move_once(case: str, e
 @pytest.mark.parametrize("case", ["swav", "simclr, local views"])
 @pytest.mark.parametrize("amp", [False, True])
 def test_two_passes_are_recorded_and_computed_in_bfloat16(case: str, amp: bool) -> None:
-    eager = TrainStep(recipe_of(case, 2, alone=False), CPU, amp=amp, seed=0)
-    graph = recipe_of(case, 2, alone=False, **{"train.graph": "true"})
+    # Of 16 px one pixel is left, where torch 2.15's bfloat16 on a CPU has no gradient for a convolution with a stride.
+    changes = {"alone": False, "views.local_size": 24}
+    eager = TrainStep(recipe_of(case, 2, **changes), CPU, amp=amp, seed=0)
+    graph = recipe_of(case, 2, **changes, **{"train.graph": "true"})
     graphed = TrainStep(graph, CPU, amp=amp, seed=0, record=replayed)
     expected, found = run_phases(eager, 4), run_phases(graphed, 4)
     assert graphed.recorded and not graphed.fallbacks
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=3e-2 if amp else 1e-3, atol=1e-2)
     if amp:
-        full = TrainStep(recipe_of(case, 2, alone=False), CPU, amp=False, seed=0)
+        full = TrainStep(recipe_of(case, 2, **changes), CPU, amp=False, seed=0)
         assert run_phases(full, 1)[0][0] == pytest.approx(expected[0][0], rel=0.05)
 
 
