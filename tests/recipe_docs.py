@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastssl.config.against import State, compare
@@ -76,21 +77,26 @@ def with_table(text: str) -> str:
     return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}{table()}{END}", text, flags=re.DOTALL)
 
 
+def rewrite(pages: Mapping[Path, Callable[[str], str]], *, check: bool) -> int:
+    """Give each file the text that is made of its own, or with ``check`` only name those that differ; 1 if any did."""
+    status = 0
+    for path, made in pages.items():
+        text = path.read_text()
+        if (new := made(text)) != text:
+            print(path.name)
+            status = 1
+            if not check:
+                path.write_text(new)
+    return status if check else 0
+
+
 def main(argv: list[str]) -> int:
     pages = {ROOT / "docs" / "recipes.md": with_table}
     pages |= {
         ROOT / f"fastssl/recipes/{name}.yaml": lambda text, name=name: with_header(name, text)
         for name in recipe_names()
     }
-    status = 0
-    for path, made in pages.items():
-        text = path.read_text()
-        if (new := made(text)) != text:
-            print(path.relative_to(ROOT))
-            status = 1
-            if "--check" not in argv:
-                path.write_text(new)
-    return status if "--check" in argv else 0
+    return rewrite(pages, check="--check" in argv)
 
 
 if __name__ == "__main__":

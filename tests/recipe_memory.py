@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 import torch
+from recipe_docs import rewrite
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -119,16 +120,9 @@ def with_memory(text: str, line: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    status = 0
-    for name in [one for one in argv if one != "--check"] or recipe_names():
-        path = recipe_path(name)
-        text = path.read_text()
-        if (new := with_memory(text, line(name))) != text:
-            print(name)
-            status = 1
-            if "--check" not in argv:
-                path.write_text(new)
-    return status if "--check" in argv else 0
+    names = [one for one in argv if one != "--check"] or recipe_names()
+    pages = {recipe_path(name): lambda text, name=name: with_memory(text, line(name)) for name in names}
+    return rewrite(pages, check="--check" in argv)
 
 
 if __name__ == "__main__":
