@@ -41,8 +41,8 @@ def counting_compile(counter: Counter) -> Iterator[None]:
     """While it is entered, what `torch.compile` makes counts for ``counter``, whatever backend it is meant for."""
     real = torch.compile
 
-    def backend(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        return compile_fx.compile_fx(graph, inputs, inner_compile=counted_graph)
+    def backend(graph: torch.fx.GraphModule, inputs: Any, *, options: Any = None) -> Any:
+        return compile_fx.compile_fx(graph, inputs, inner_compile=counted_graph, config_patches=options)
 
     def counted_graph(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
         plain = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))  # Inductor changes its own

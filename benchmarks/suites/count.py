@@ -28,6 +28,7 @@ from fastssl.benchmarks.suites.views import colour_tables
 from fastssl.config.recipe import Recipe
 from fastssl.training.networks import Bf16Weights
 from fastssl.training.step import TrainStep
+from fastssl.utils.compiled import RECOMPUTE
 
 #: Bytes a second of a large copy, read and written, as they were seen: what a step is held against where no GPU is.
 COPY_RATES = {"H100": 3.0e12, "H200": 4.3e12}
@@ -63,7 +64,7 @@ def count_step(recipe: Recipe, batch: int, *, amp: bool, compiled: bool) -> dict
         part("optimiser and average", step.inner, "update")
         step.inner.prepared = True  # nothing to try and to undo
         if compiled:
-            networks = [torch.compile(network, dynamic=False) for network in step.inner.networks]
+            networks = [torch.compile(network, dynamic=False, options=RECOMPUTE) for network in step.inner.networks]
             step.method.set_forward_modules(*networks)
         state, (crops, plans) = counter.alive, random_crops(step.recipe, batch, device)
         inputs = crops, colour_tables(plans, device)

@@ -6,13 +6,14 @@ variance, as if the groups had gone through the network one after the other.
     running   r <- a^G r + m * sum over g of a^(G - 1 - g) x_g       a = 1 - m: what G passes do to a statistic r
 
 The statistics of all layers move at the end of the pass, in a handful of launches for the whole network, and so do
-their counters, without groups too.
+their counters, without groups too. On a GPU the activation behind a layer is part of it: backward works it out again
+from the layer's input, and neither keeps nor reads what the two gave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,19 +71,19 @@ class BatchNorms:
                 of every view, then the second ones.
         """
         counters: list[tuple[Tensor, int]] = []
-        moves: dict[float, tuple[list[Tensor], list[list[Tensor]]]] = {}
+        moves: dict[tuple[float, int], tuple[list[Tensor], list[list[Tensor]]]] = {}
         for taken in self._taken.values():
-            layer = taken[0][0]
+            layer, total = taken[0][0], sum(groups for _, groups, _ in taken)
             if layer.num_batches_tracked is not None:
-                counters.append((layer.num_batches_tracked, sum(groups for _, groups, _ in taken)))
+                counters.append((layer.num_batches_tracked, total))
             mean, variance = layer.running_mean, layer.running_var
             if taken[0][2] and mean is not None and variance is not None:
-                running, found = moves.setdefault(layer.momentum or 0.0, ([], []))
+                running, found = moves.setdefault((layer.momentum or 0.0, total), ([], []))
                 running += [mean, variance]
                 found += [[statistics[n] for *_, statistics in taken] for n in range(2)]
         if counters:
             torch._foreach_add_(*map(list, zip(*counters)))
-        for momentum, (running, found) in moves.items():
+        for (momentum, _), (running, found) in moves.items():
             _move(running, found, momentum, views)
 
 
@@ -108,17 +109,28 @@ class GroupBatchNorm(_BatchNorm):
         if not self.training or norms.groups is None:
             return super().forward(input)
         self._check_input_dim(input)
-        tracked = self.running_mean is not None
+        tracked, joined = self.running_mean is not None, ""
+        output: Tensor
+        statistics: Sequence[Tensor] = ()
         if not norms.groups:
             running = (self.running_mean, self.running_var) if tracked else (None, None)
             momentum = self.momentum or 0.0
             output = functional.batch_norm(input, *running, self.weight, self.bias, True, momentum, self.eps)
-            statistics: list[Tensor] = []
+        elif input.device.type == "cpu" and not torch.compiler.is_compiling():
+            output, *statistics = in_turn(input, self.weight, self.bias, norms.groups, self.eps)
         else:
-            output, *statistics = _normalise(input, self.weight, self.bias, norms.groups, self.eps)
+            joined = self._joined()
+            output, *statistics = Together.apply(input, self.weight, self.bias, norms.groups, self.eps, joined)
         if tracked:
             norms.took(self, statistics)
-        return self.act(self.drop(output)) if isinstance(self, BatchNormAct2d) else output
+        if not joined and isinstance(self, BatchNormAct2d):
+            output = self.act(self.drop(output))
+        return output
+
+    def _joined(self) -> str:
+        """The class of the activation that becomes part of the layer; empty: none, or one that is not known here."""
+        name = type(self.act).__name__ if isinstance(self, BatchNormAct2d) and type(self.drop) is nn.Identity else ""
+        return name if name in ACTIVATIONS else ""
 
 
 _BY_GROUP: dict[type, type] = {
@@ -140,12 +152,15 @@ def ordinary_batchnorm(network: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------- one layer
 
 
-def _normalise(input: Tensor, *how: Any) -> list[Tensor]:
-    """(input (N, C, ...), weight, bias, groups, eps) -> the same, normalised; mean and unbiased variance, (groups, C)
-    each, without gradient.
-    """
-    found = in_turn if input.device.type == "cpu" and not torch.compiler.is_compiling() else Together.apply
-    return list(found(input, *how))
+#: Class -> the activation, (maps); its gradient, (gradient, maps).
+_aten = torch.ops.aten
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "ReLU": (functional.relu, lambda grad, maps: _aten.threshold_backward(grad, maps, 0)),
+    "ReLU6": (functional.relu6, relu6_backward := lambda grad, maps: _aten.hardtanh_backward(grad, maps, 0.0, 6.0)),
+    "LeanReLU6": (functional.relu6, relu6_backward),
+    "Hardswish": (functional.hardswish, _aten.hardswish_backward),
+    "SiLU": (functional.silu, _aten.silu_backward),
+}
 
 
 def in_turn(input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> list[Tensor]:
@@ -162,38 +177,49 @@ class Together(torch.autograd.Function):
     """All groups at once. It keeps what a BatchNorm keeps: the input, and two numbers for each group and channel."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor | None, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output, mean, variance, invstd = _kernels(forward)(input, weight, *how)
-        ctx.save_for_backward(input, weight, mean, invstd)
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, act: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, variance, invstd = _kernels(forward, act)(input, weight, bias, groups, eps, act)
+        ctx.save_for_backward(input, weight, bias, mean, invstd)
         ctx.mark_non_differentiable(mean, variance)
+        ctx.act = act
         return output, mean, variance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        to_input, *of_affine = _kernels(backward)(grad, *ctx.saved_tensors)
-        return to_input, *(of_affine if ctx.saved_tensors[1] is not None else (None, None)), None, None
+        to_input, *of_affine = _kernels(backward, ctx.act)(grad, *ctx.saved_tensors, ctx.act)
+        return to_input, *(of_affine if ctx.saved_tensors[1] is not None else (None, None)), None, None, None
 
 
-compiled = lru_cache(maxsize=None)(Compiled)
+_compiled: dict[tuple[str, str], Compiled] = {}
 
 
-def _kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], act: str) -> Callable[..., Any]:
+    """Each with code of its own: torch counts recompilations by code, and gives up after eight."""
+    key = function.__name__, act
+    if key not in _compiled:
+        _compiled[key] = Compiled(FunctionType(function.__code__.replace(), globals()))
+    return _compiled[key]
+
+
+def _kernels(function: Callable[..., Any], act: str) -> Callable[..., Any]:
     """As it is within a compiled network, where the compiler joins it with its neighbours, and where bits have to stay:
     a compiler chooses by the clock.
     """
     plain = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-    return function if plain else compiled(function)
+    return function if plain else compiled(function, act)
 
 
 def not_compiled() -> str:
     """Why the groups' kernels are not compiled on a GPU; empty: they are, or there were none yet."""
-    return compiled(forward).reason or compiled(backward).reason
+    return next((one.reason for one in _compiled.values() if one.reason), "")
 
 
 def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, act: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``input`` (N, C, ...) normalised; mean, unbiased variance and 1 / deviation, (groups, C) each."""
+    """``input`` (N, C, ...) normalised and activated; mean, unbiased variance and 1 / deviation, (groups, C) each."""
     wide, shape = at_least_float32(input), _of_channels(input)
     maps = wide.unflatten(0, (groups, -1))
     variance, mean = torch.var_mean(maps, [1, *range(3, maps.dim())], correction=0)
@@ -205,19 +231,29 @@ def forward(
     )
     output = (wide - shift) * scale
     output = output if bias is None else output + bias.view(shape)
+    output = ACTIVATIONS[act][0](output) if act else output
     return output.to(input.dtype), mean, variance * (rows / (rows - 1)), invstd
 
 
 def backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    act: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient by the output, (N, C, ...) -> those by the input, weight and bias."""
     grads, maps = (at_least_float32(tensor).unflatten(0, (len(mean), -1)) for tensor in (grad, input))
     shape = _of_channels(input)
     mean, invstd = (tensor.view(len(mean), 1, *shape) for tensor in (mean, invstd))
+    scale = invstd if weight is None else invstd * weight.view(shape)
+    if act:
+        activated = (maps - mean) * scale
+        grads = ACTIVATIONS[act][1](grads, activated if bias is None else activated + bias.view(shape))
     dims, normal = [1, *range(3, maps.dim())], (maps - mean) * invstd
     to_bias, to_weight = grads.sum(dims, keepdim=True), (grads * normal).sum(dims, keepdim=True)
-    scale = invstd if weight is None else invstd * weight.view(shape)
     to_input = (grads - (to_bias + normal * to_weight) / maps[0, :, 0].numel()) * scale
     of_affine = torch.stack([to_weight, to_bias]).flatten(2).sum(1)
     return to_input.flatten(0, 1).to(input.dtype), *of_affine.unbind()

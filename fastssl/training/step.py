@@ -42,6 +42,7 @@ from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_met
 from fastssl.training.parts import Parts
 from fastssl.training.room import fewest_parts
 from fastssl.training.switches import SWITCHES, Trial, compare, left_out, trial
+from fastssl.utils.compiled import RECOMPUTE
 from fastssl.utils.host_memory import keep_freed_memory
 from fastssl.utils.transfer import to_device
 
@@ -326,7 +327,9 @@ class TrainStep:
         self.say(f"compiling {' and '.join(('student', 'teacher')[: len(self.networks)])}, which may take minutes")
         # A compiler that gives up half way through a block would forget what surrounds its second pass.
         whole = self.recipe.train.checkpoint
-        compiled = (torch.compile(network, dynamic=False, fullgraph=whole) for network in self.networks)
+        compiled = (
+            torch.compile(network, dynamic=False, fullgraph=whole, options=RECOMPUTE) for network in self.networks
+        )
         self.method.set_forward_modules(*compiled)
         self._run(inputs)
 

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -17,12 +18,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.methods.base import Encoder, new_encoder
 from fastssl.models import group_batchnorm
+from fastssl.models.activations import LeanReLU6
 from fastssl.models.backbones import create_backbone
-from fastssl.models.group_batchnorm import BatchNorms, Together, forward, in_turn, not_compiled, ordinary_batchnorm
+from fastssl.models.group_batchnorm import (
+    BatchNorms,
+    GroupBatchNorm,
+    Together,
+    forward,
+    in_turn,
+    not_compiled,
+    ordinary_batchnorm,
+)
 from fastssl.models.heads import ProjectorConfig
 from fastssl.models.recompute import recompute_blocks
 from fastssl.training.networks import Bf16Weights
 from fastssl.utils.compiled import Compiled
+
+
+def together(*given) -> tuple[Tensor, ...]:
+    """Without an activation."""
+    return Together.apply(*given, "")
+
 
 HEAD = ProjectorConfig(hidden=12, out=8, norm=True, norm_out=True)
 
@@ -118,14 +134,14 @@ def test_all_groups_together_are_the_groups_in_turn(
     dtype: torch.dtype, affine: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(group_batchnorm, "compiled", lambda function: function)
+    monkeypatch.setattr(group_batchnorm, "compiled", lambda function, act: function)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias = torch.randn(2, 5, dtype=wide) if affine else (None, None)
     input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
     if len(shape) == 4:
         input = input.to(memory_format=torch.channels_last)
     found = []
-    for normalise in (Together.apply, in_turn):
+    for normalise in (together, in_turn):
         leaf = input.clone().requires_grad_()
         output, *statistics = normalise(leaf, weight, bias, 3, 1e-3)
         assert output.stride() == input.stride() and {one.dtype for one in statistics} == {wide}
@@ -134,6 +150,61 @@ def test_all_groups_together_are_the_groups_in_turn(
     bound = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(found[0][0], found[1][0], **bound)
     torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def activated(layer: nn.Module, *given) -> tuple[Tensor, ...]:
+    """The slow twin of a layer with its activation."""
+    output, *statistics = in_turn(*given)
+    return layer(output), *statistics
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.ReLU6(), LeanReLU6(), nn.Hardswish(), nn.SiLU()])
+def test_an_activation_within_the_layer_is_the_one_behind_it(
+    layer: nn.Module, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_batchnorm, "compiled", lambda function, act: function)
+    torch.manual_seed(0)
+    name, kept = type(layer).__name__, []
+    assert name in group_batchnorm.ACTIVATIONS
+    input, grad = (3 * torch.randn(8, 5, 4, 3, dtype=torch.float64) for _ in range(2))
+    affine_of = [torch.randn(5, dtype=torch.float64).requires_grad_() if affine else None for _ in range(2)]
+    found = []
+    for call in (partial(activated, layer), lambda *given: Together.apply(*given, name)):
+        leaf = input.clone().requires_grad_()
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.numel()) or one, lambda one: one):
+            output, *statistics = call(leaf, *affine_of, 2, 1e-5)
+        output.backward(grad)
+        learned = [one for one in affine_of if one is not None]
+        found.append([output, *statistics, leaf.grad, *(one.grad for one in learned)])
+        for one in learned:
+            one.grad = None
+    torch.testing.assert_close(*found)
+    assert kept.count(input.numel()) == 1  # its input alone
+
+
+@pytest.mark.parametrize("arch", ["mobilenetv3_small", "mobilenetv2", "efficientnet_b0"])
+def test_a_compiled_network_joins_its_activations(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and statistics are those of the layers one by one."""
+    joined, real = [], GroupBatchNorm._joined
+    monkeypatch.setattr(GroupBatchNorm, "_joined", lambda self: joined.append(real(self)) or joined[-1])
+    network = encoder(arch, torch.float64)
+    twin = copy.deepcopy(network)
+    twin.norms = BatchNorms(twin)
+    torch._dynamo.reset()
+    form = torch.compile(network, backend="eager", dynamic=False, fullgraph=True)
+    images = [pictures(8, dtype=torch.float64), pictures(4, 16, torch.float64)]
+    outputs = [one(images, groups=6, views=3) for one in (form, twin)]
+    torch.testing.assert_close(*outputs)
+    weights = torch.randn(outputs[0].shape, dtype=torch.float64)  # a plain sum is the same for any embeddings
+    for output in outputs:
+        (output * weights).sum().backward()
+    for mine, other in zip(network.buffers(), twin.buffers()):
+        torch.testing.assert_close(mine, other)
+    mine, other = (torch.cat([one.grad.flatten() for one in form.parameters()]) for form in (network, twin))
+    assert (mine - other).norm() <= 1e-4 * other.norm()  # groups of two pictures hardly determine it
+    assert set(joined) > {""}
 
 
 class Launches(TorchDispatchMode):
@@ -158,11 +229,11 @@ def test_statistics_and_counters_of_all_layers_move_in_one_go(groups: int) -> No
     assert int(network.projector[1].num_batches_tracked) == groups
 
 
-@pytest.mark.parametrize("normalise", [Together.apply, in_turn])
+@pytest.mark.parametrize("normalise", [together, in_turn])
 def test_the_backward_pass_keeps_the_input_and_little_else(
     normalise: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_batchnorm, "compiled", lambda function: function)
+    monkeypatch.setattr(group_batchnorm, "compiled", lambda function, act: function)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -288,7 +359,7 @@ def test_the_compiled_kernels_compute_the_same() -> None:
         for shape in ((8, 16, 5, 5), (16, 8, 7, 7), (24, 32)):
             input, grad = (torch.randn(shape).to(dtype) for _ in range(2))
             results = []
-            for normalise in (Together.apply, in_turn):
+            for normalise in (together, in_turn):
                 leaves = [input.clone(), *torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))]
                 output, *statistics = normalise(*(leaf.requires_grad_() for leaf in leaves), 4, 1e-5)
                 output.backward(grad)

@@ -134,7 +134,7 @@ def test_a_step_is_the_same_with_and_without(case: str, amp: bool) -> None:
 )
 def test_it_goes_with_the_other_switches(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network, **how: compile(network, backend="aot_eager", **how))
+    monkeypatch.setattr(torch, "compile", lambda network, options, **how: compile(network, backend="aot_eager", **how))
     other = {switch: 2 if switch == "train__accumulate" else "true"}
     torch._dynamo.reset()
     plain, again = (

@@ -178,7 +178,7 @@ def test_a_dropped_step_is_freed_without_the_collector(
 ) -> None:
     """On a GPU it would keep its graph's memory, up to all of it, from the next one."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend="eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda one, options, **how: real(one, backend="eager", **how))
 
     def record(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """As CUDA, which keeps nothing of the call."""
