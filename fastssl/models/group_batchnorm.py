@@ -12,7 +12,7 @@ their counters, without groups too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ class Together(torch.autograd.Function):
         return to_input, *(of_affine if ctx.saved_tensors[1] is not None else (None, None)), None, None
 
 
-compiled = lru_cache(maxsize=None)(Compiled)
+compiled = lru_cache(maxsize=None)(partial(Compiled, dynamic=True))  # for all sizes at once
 
 
 def _kernels(function: Callable[..., Any]) -> Callable[..., Any]:
