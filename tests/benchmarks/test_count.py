@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastssl.benchmarks.harness.fake_cuda import fake_cuda, why_not
 from fastssl.benchmarks.harness.records import Record, missing_parts, read_records
 from fastssl.benchmarks.suites import count
 from fastssl.config.recipe import Recipe, load_recipe
+from fastssl.errors import FastSSLError
 from fastssl.utils.versions import describe_versions
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+pytestmark = pytest.mark.skipif(why_not() != "", reason=why_not())
 
 
 def small() -> Recipe:
@@ -31,6 +33,19 @@ def test_a_step_is_counted_by_part_and_shown_in_80_columns() -> None:
     record = Record("count", "simclr-mobilenetv3", "mobilenetv3_small_050", batch_size=8, git="abc", details=details)
     assert max(map(len, count.table(record).splitlines())) <= 80
     assert missing_parts(record) == [] and missing_parts(replace(record, details={**details, "bytes": 0})) == ["figure"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [(torch.backends.cuda, "is_built", "PyPI's torch"), (torch._C, "_ensureCUDADeviceGuardSet", "torch 2.10")],
+)
+def test_a_torch_that_cannot_says_why(owner: object, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "is_built":
+        monkeypatch.setattr(owner, name, lambda: False)
+    else:
+        monkeypatch.delattr(owner, name)
+    with pytest.raises(FastSSLError, match=words), fake_cuda():
+        pass
 
 
 @pytest.mark.slow

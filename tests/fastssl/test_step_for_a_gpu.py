@@ -8,6 +8,7 @@ from test_step import BATCH, CPU, METHODS, all_views, multicrop, rates, recipe, 
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from fastssl.benchmarks.harness.fake_cuda import why_not
 from fastssl.benchmarks.suites.count import count_step
 from fastssl.methods import METHODS as CLASSES
 from fastssl.methods.base import StepOutput
@@ -121,7 +122,7 @@ def constant_on_the_cpu(output: StepOutput) -> None:
     output.metrics + torch.ones(len(output.metrics))
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+@pytest.mark.skipif(why_not() != "", reason=why_not())
 @pytest.mark.parametrize("case", METHODS)
 def test_a_loss_that_makes_the_host_wait_or_mixes_devices_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a step on the fake GPU, which does neither as it is."""
