@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastssl.benchmarks.harness.fake_cuda import why_not
+
 
 class FakeEvent:
     """To wait for it costs a worker time; the thread that trains must not."""
@@ -89,8 +91,8 @@ class Crossings(TorchDispatchMode):
 @contextmanager
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, current: int = 0) -> Iterator[Crossings]:
     """A machine whose GPU ``current`` is the current one; for other threads, what is moved to it."""
-    if not torch.backends.cuda.is_built():
-        pytest.skip("this torch was built without CUDA")
+    if reason := why_not():
+        pytest.skip(reason)
     torch._C._ensureCUDADeviceGuardSet()
     crossings, empty, move = Crossings(), torch.empty, torch.Tensor.to
     here = threading.current_thread()

@@ -82,7 +82,7 @@ def counting_compile(counter: Counter) -> Iterator[None]:
         patch.object(compile_fx, "_check_triton_bf16_support", lambda graph: None),
         config.patch(_NOTHING_TRIED),
         # Each size is counted, also of what is compiled once for all sizes.
-        torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000),
+        torch._dynamo.config.patch(cache_size_limit=1000, accumulated_cache_size_limit=10000),
     ):
         yield
 

@@ -40,15 +40,24 @@ HOPPER = SimpleNamespace(
 )
 
 
+def why_not() -> str:
+    """Why this torch can have none; empty: it can."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA: a GPU can be counted with PyPI's torch"
+    if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        return f"torch {torch.__version__} asks the driver where there is none: a GPU can be counted with torch 2.10"
+    return ""
+
+
 @contextmanager
 def fake_cuda() -> Iterator[torch.device]:
     """The device, for as long as the context lasts. Of one thread, and to be entered once.
 
     Raises:
-        FastSSLError: this torch was built without CUDA.
+        FastSSLError: see `why_not`.
     """
-    if not torch.backends.cuda.is_built():
-        raise FastSSLError(f"torch {torch.__version__} is built without CUDA: a GPU can be counted with PyPI's torch")
+    if reason := why_not():
+        raise FastSSLError(reason)
     forget_caches()
     with ExitStack() as stack:
         for owner, name, value in _replacements():

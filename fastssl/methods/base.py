@@ -154,8 +154,11 @@ class Encoder(nn.Module):
         """
         images = [images] if isinstance(images, Tensor) else images
         size = sum(map(len, images)) // groups
-        if groups > 1 and not self.norms.complete:
-            return self._pass_by_pass([part for batch in images for part in batch.split(size)], first, views)
+        if groups > 1 and not self.norms.complete:  # other layers look at a whole batch, too: each group is a pass
+            parts, each = [part for batch in images for part in batch.split(size)], groups // views
+            numbers = [number for group in range(each) for number in range(group, groups, each)]
+            found = {number: self(parts[number], first + number * size) for number in numbers}
+            return torch.cat([found[number] for number in range(groups)])
         features = []
         try:
             for batch in images:
@@ -170,14 +173,6 @@ class Encoder(nn.Module):
         finally:
             self.norms.forget()
         return embeddings
-
-    def _pass_by_pass(self, parts: Sequence[Tensor], first: int, views: int) -> Tensor:
-        """For networks with other layers that look at a whole batch: each group is a pass."""
-        each = len(parts) // views
-        found: dict[int, Tensor] = {}
-        for number in (view * each + group for group in range(each) for view in range(views)):
-            found[number] = self(parts[number], first + number * len(parts[number]))
-        return torch.cat([found[number] for number in range(len(parts))])
 
     def as_teacher(self) -> Encoder:
         """A copy without gradient and drop path."""

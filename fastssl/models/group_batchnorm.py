@@ -13,7 +13,6 @@ from the layer's input, and neither keeps nor reads what the two gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -196,10 +195,10 @@ _compiled: dict[tuple[str, str], Compiled] = {}
 
 
 def compiled(function: Callable[..., Any], act: str) -> Callable[..., Any]:
-    """Each with code of its own: torch counts recompilations by code, and gives up after eight."""
+    """For all sizes at once, and one for each activation: torch compiles a function again eight times at most."""
     key = function.__name__, act
     if key not in _compiled:
-        _compiled[key] = Compiled(FunctionType(function.__code__.replace(), globals()))
+        _compiled[key] = Compiled(function, dynamic=True)
     return _compiled[key]
 
 

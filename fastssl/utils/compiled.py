@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,21 +21,32 @@ RECOMPUTE: dict[str, Any] = {
 
 
 class Compiled:
-    """A function of tensors, compiled at its first call for all sizes at once; where that cannot be had, as it is.
+    """A function of tensors, compiled at its first call; where that cannot be had, as it is.
 
     Args:
         function: makes no constants, which a recorded step would copy at every replay.
+        backend: of torch.compile; None: nothing is compiled.
+        options: its other ones.
 
     Attributes:
-        reason: why nothing is compiled; empty while it is.
+        reason: why nothing is compiled, though it should be; else empty.
     """
 
-    def __init__(self, function: Callable[..., Any]):
-        self._function, self._compiled = function, torch.compile(function, dynamic=True, options=RECOMPUTE)
-        self.reason = "switched off by TORCH_COMPILE_DISABLE" if torch._dynamo.config.disable else ""
+    def __init__(
+        self, function: Callable[..., Any], backend: str | Callable[..., Any] | None = "inductor", **options: Any
+    ):
+        self._function = self._compiled = function
+        self.reason = ""
+        if backend is not None and torch._dynamo.config.disable:
+            self.reason = "switched off by TORCH_COMPILE_DISABLE"
+        elif backend is not None:
+            # With code of its own: torch counts recompilations by code, and a process may have many of one function.
+            own = FunctionType(function.__code__.replace(), function.__globals__)
+            how: dict[str, Any] = {"options": RECOMPUTE if backend == "inductor" else None, **options}
+            self._compiled = torch.compile(own, backend=backend, **how)
 
     def __call__(self, *arguments: Any) -> Any:
-        if not self.reason:
+        if self._compiled is not self._function:
             try:
                 return self._compiled(*arguments)
             except torch.OutOfMemoryError:
@@ -42,4 +54,5 @@ class Compiled:
             except Exception as error:  # whatever a compiler may fail with
                 # It quotes its command line, with all folders in it.
                 self.reason = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"
+                self._compiled = self._function
         return self._function(*arguments)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastssl.errors import without_folders
 from fastssl.pipelines.plan.draw import CONTRAST, HUE, SATURATION, ViewSpec
+from fastssl.utils.compiled import Compiled
 
 _LUMINANCE = (0.2989, 0.587, 0.114)  # ITU-R 601-2, with torchvision's digits
 
@@ -77,37 +76,26 @@ class DeviceColour:
     from `parameter_table`; other arguments, result and errors as there. No host sync.
 
     The first call for a size compiles, in some ten seconds, and makes the blur's constants: call once before capturing.
-    ``backend`` is that of torch.compile; None: nothing is compiled. ``fallback`` says why nothing is, though it should
-    be; else it is empty.
+    ``backend`` is that of torch.compile; None: nothing is compiled.
     """
 
     def __init__(self, spec: ViewSpec, dtype: torch.dtype, backend: str | Callable[..., Any] | None = None):
-        self.spec, self.dtype, self.fallback = spec, dtype, ""
-        self.compiled = False
-        self._stages: list[Callable[..., Any]] = [_to_blur, _from_blur]
-        if backend is not None and not torch._dynamo.config.disable:
-            self.compiled = True
-            # With code of its own: torch counts recompilations by code, and a process may have many view groups.
-            own = [FunctionType(stage.__code__.replace(), globals()) for stage in (_to_blur, _from_blur)]
-            self._stages = [torch.compile(stage, backend=backend, fullgraph=True) for stage in own]
-        elif backend is not None:
-            self.fallback = "switched off by TORCH_COMPILE_DISABLE"
+        self.spec, self.dtype, self.backend = spec, dtype, backend
+        self._stages = [Compiled(stage, backend, fullgraph=True) for stage in (_to_blur, _from_blur)]
+
+    @property
+    def fallback(self) -> str:
+        """Why something is not compiled, though it should be; else empty."""
+        return self._stages[0].reason or self._stages[1].reason
 
     @torch.no_grad()
     def __call__(self, views: Tensor, table: Tensor) -> Tensor:
         check_views(views, len(table))
         spec, size = self.spec, views.shape[-1]
-        try:
-            planes = self._stages[0](views, table, spec, self.dtype, self.compiled)
-            taps = blur_taps(size, blur_radius(spec, size), views.device, planes[1][0].dtype) if planes[1] else ()
-            result: Tensor = self._stages[1](planes, table, taps, spec)
-            return result
-        except Exception as error:  # whatever a compiler may fail with, the same can be had without it
-            if not self.compiled or isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.compiled, self._stages = False, [_to_blur, _from_blur]
-            self.fallback = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]}"
-        return self(views, table)
+        planes = self._stages[0](views, table, spec, self.dtype)
+        taps = blur_taps(size, blur_radius(spec, size), views.device, planes[1][0].dtype) if planes[1] else ()
+        result: Tensor = self._stages[1](planes, table, taps, spec)
+        return result
 
 
 _shared = lru_cache(maxsize=64)(DeviceColour)
@@ -121,7 +109,7 @@ def check_views(views: Tensor, count: int) -> None:
         raise ValueError(f"{len(views)} views, but parameters for {count}")
 
 
-def _to_blur(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype, compiled: bool) -> list[list[Tensor]]:
+def _to_blur(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype) -> list[list[Tensor]]:
     """What comes ahead of the blur: the planes that are not blurred, (N, S * S) normalised of ``dtype`` (finished here,
     they spare the float32 planes, half of what would be moved), and those that the blur reads.
     """
@@ -133,7 +121,7 @@ def _to_blur(views: Tensor, table: Tensor, spec: ViewSpec, dtype: torch.dtype, c
     ]
     if spec.jitter > 0:
         # A compiler fuses one mean that all pixels wait for, not six; uncompiled, a second pass moves twice the bytes.
-        jitter(planes, column, spec, contrast_mean(planes, column, spec) if compiled else None)
+        jitter(planes, column, spec, contrast_mean(planes, column, spec) if torch.compiler.is_compiling() else None)
     if spec.grey > 0:
         grey = luminance(planes)
         for plane in planes:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastssl.benchmarks.harness.fake_cuda import fake_cuda, why_not
 from fastssl.benchmarks.harness.records import Record, missing_parts, read_records
 from fastssl.benchmarks.suites import count
 from fastssl.config.recipe import Recipe, load_recipe
-from fastssl.methods.base import StepOutput
-from fastssl.methods.simclr import SimCLR
+from fastssl.errors import FastSSLError
 from fastssl.utils.versions import describe_versions
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+pytestmark = pytest.mark.skipif(why_not() != "", reason=why_not())
 
 
 def small() -> Recipe:
@@ -36,29 +35,17 @@ def test_a_step_is_counted_by_part_and_shown_in_80_columns() -> None:
     assert missing_parts(record) == [] and missing_parts(replace(record, details={**details, "bytes": 0})) == ["figure"]
 
 
-def reads_a_value(output: StepOutput) -> None:
-    output.loss.item()
-
-
-def constant_on_the_cpu(output: StepOutput) -> None:
-    output.metrics + torch.ones(len(output.metrics))
-
-
-@pytest.mark.parametrize("fault", [reads_a_value, constant_on_the_cpu])
-def test_what_makes_the_host_wait_or_mixes_devices_is_seen(
-    fault: Callable[[StepOutput], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = SimCLR.loss
-
-    def faulty(*args: object) -> StepOutput:
-        output = real(*args)
-        fault(output)
-        return output
-
-    monkeypatch.setattr(SimCLR, "loss", faulty)
-    words = "_local_scalar_dense" if fault is reads_a_value else "device"
-    with pytest.raises(Exception, match=words):
-        count.count_step(small(), 8, amp=True, compiled=False)
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [(torch.backends.cuda, "is_built", "PyPI's torch"), (torch._C, "_ensureCUDADeviceGuardSet", "torch 2.10")],
+)
+def test_a_torch_that_cannot_says_why(owner: object, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "is_built":
+        monkeypatch.setattr(owner, name, lambda: False)
+    else:
+        monkeypatch.delattr(owner, name)
+    with pytest.raises(FastSSLError, match=words), fake_cuda():
+        pass
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl.benchmarks.harness.compiled_traffic import counting_compile
-from fastssl.benchmarks.harness.fake_cuda import fake_cuda
+from fastssl.benchmarks.harness.fake_cuda import fake_cuda, why_not
 from fastssl.benchmarks.harness.traffic import Counter, Part
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+pytestmark = pytest.mark.skipif(why_not() != "", reason=why_not())
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from fastssl.evaluate.features import (
     wilson_interval,
 )
 from fastssl.evaluate.references import raw_pixel_features
+from fastssl.models.backbones import create_backbone
 from fastssl.pipelines.beton.format import MODE_RAW
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
@@ -177,6 +178,20 @@ def test_unusable_input_is_named():
     ):
         with pytest.raises(ProbeError, match=message):
             check_probe_input(train, val)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_all_maps_of_a_backbone_are_channels_last(beton, amp):
+    backbone, kept = create_backbone("mobilenetv3_small_050"), []
+
+    def look(layer, inputs, output):
+        kept.extend(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*inputs, output))
+
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(look)
+    extract_features(backbone, beton, size=32, workers=1, amp=amp)
+    assert len(kept) > 40 and all(kept)
 
 
 def test_interpolation_is_the_views(beton):

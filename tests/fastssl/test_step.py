@@ -433,7 +433,7 @@ def test_colour_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPatch
 
     def without_compiler(spec: ViewSpec, dtype: torch.dtype, device: torch.device) -> DeviceColour:
         colour = DeviceColour(spec, dtype)
-        colour.fallback = "TritonMissing: no Triton"
+        colour._stages[1].reason = "TritonMissing: no Triton"
         return colour
 
     monkeypatch.setattr(step_module, "device_colour", without_compiler)

@@ -1,13 +1,17 @@
-"""What a GPU wants of a step, looked at on a CPU: nothing here needs one."""
+"""What a GPU wants of a step, looked at on a CPU, or on a GPU that is not there: nothing here needs one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_step import CPU, METHODS, all_views, multicrop, rates, recipe, run_phases, train, views
+from test_step import BATCH, CPU, METHODS, all_views, multicrop, rates, recipe, run_phases, train, views
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from fastssl.benchmarks.harness.fake_cuda import why_not
+from fastssl.benchmarks.suites.count import count_step
+from fastssl.methods import METHODS as CLASSES
+from fastssl.methods.base import StepOutput
 from fastssl.training.step import TrainStep
 
 
@@ -108,3 +112,35 @@ def test_a_break_in_a_network_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch._dynamo.config.patch(disable=False):
         step([views(0)], step.noise(0, 0), rates(step))
     assert "compile" in step.fallbacks
+
+
+def reads_a_value(output: StepOutput) -> None:
+    output.loss.item()
+
+
+def constant_on_the_cpu(output: StepOutput) -> None:
+    output.metrics + torch.ones(len(output.metrics))
+
+
+@pytest.mark.skipif(why_not() != "", reason=why_not())
+@pytest.mark.parametrize("case", METHODS)
+def test_a_loss_that_makes_the_host_wait_or_mixes_devices_is_seen(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a step on the fake GPU, which does neither as it is."""
+    small, faults = multicrop(case), []
+    method = CLASSES[small.method][0]
+    real = method.loss
+
+    def loss(*args: object) -> StepOutput:
+        output = real(*args)
+        for fault in faults:
+            fault(output)
+        return output
+
+    monkeypatch.setattr(method, "loss", loss)
+    with torch._dynamo.config.patch(disable=True):  # it takes most of the time, and no loss is compiled
+        parts = count_step(small, BATCH, amp=True, compiled=False)["parts"]
+        assert {"student", "loss", "backward"} <= set(parts)
+        for fault, words in ((reads_a_value, "_local_scalar_dense"), (constant_on_the_cpu, "two different devices")):
+            faults[:] = [fault]
+            with pytest.raises(Exception, match=words):
+                count_step(small, BATCH, amp=True, compiled=False)
