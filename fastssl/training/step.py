@@ -29,6 +29,7 @@ from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted, is_out_of_memory, without_folders
+from fastssl.evaluate.trained import Trained
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.group_batchnorm import not_compiled, ordinary_batchnorm
@@ -38,7 +39,13 @@ from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimiz
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.device_colour import device_colour
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
-from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
+from fastssl.training.networks import (
+    Bf16Weights,
+    channels_last_breaks,
+    freeze_batchnorm,
+    new_method,
+    require_channels_last,
+)
 from fastssl.training.parts import Parts
 from fastssl.training.room import fewest_parts
 from fastssl.training.switches import SWITCHES, Trial, compare, left_out, trial
@@ -64,6 +71,7 @@ class TrainStep:
         record: how a step is recorded for ``train.graph``; tests give another.
         world: which of how many processes this is; the process group is there already.
         steps: of the whole run, for a switch that is ``auto``; 0: unknown, and taken for few.
+        init: the weights that the backbones begin with; None: random ones.
 
     Attributes:
         check: whether the first call compares what it compiled or recorded with the eager step, and goes on without
@@ -96,6 +104,7 @@ class TrainStep:
         record: Recorder = record_cuda_graph,
         world: World = World(),  # noqa: B008 (frozen)
         steps: int = 0,
+        init: Trained | None = None,
     ):
         self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
@@ -117,7 +126,7 @@ class TrainStep:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.fallbacks: dict[str, str] = {}
-        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append)
+        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append, init)
         self.method = method.to(device).to(memory_format=torch.channels_last).train()
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
             self.fallbacks["checkpoint"] = reason
@@ -126,7 +135,12 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
-        self.optimizer = create_optimizer(self.method, recipe.optim)
+        for network in self.method.networks if recipe.frozen_bn else ():
+            if not freeze_batchnorm(network.backbone) and network is self.method.student:
+                self.without_effect.append(f"frozen_bn changes nothing: {recipe.arch} has no BatchNorm")
+        backbone = list(self.method.student.backbone.parameters())
+        self._frozen_first = backbone if recipe.optim.freeze_backbone_epochs else []
+        self.optimizer = create_optimizer(self.method, recipe.optim, slower=backbone)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
         self.networks: list[nn.Module] = self.method.networks
@@ -180,6 +194,8 @@ class TrainStep:
         if optim.final_weight_decay is not None:
             progress = step / run.total_steps
             found["weight_decay"] = half_cosine(progress, optim.weight_decay, optim.final_weight_decay)
+        if optim.freeze_backbone_epochs:
+            found["backbone_frozen"] = step < optim.freeze_backbone_epochs * run.steps_per_epoch
         return {**found, **self.method.rates(step, run)}
 
     @property
@@ -244,7 +260,7 @@ class TrainStep:
         with self.autocast():
             targets = method.targets(images, noise, rates)
         output = self.parts.backward(images, targets, noise, rates)
-        for parameter in output.frozen:
+        for parameter in (*output.frozen, *(self._frozen_first if rates.get("backbone_frozen") else ())):
             parameter.grad = None
         average_gradients(self._trained)
         self.update(rates)

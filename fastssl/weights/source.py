@@ -1,10 +1,13 @@
-"""Weights by whatever name people have for them: a run, a file, a tag of timm's, a repository of the hub."""
+"""Weights by whatever name people have for them: a run, a file, a tag of timm's, a repository of the hub; and those
+that a run begins with.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import timm
 
 from fastssl.errors import FastSSLError, without_folders
 from fastssl.evaluate.trained import Trained, checkpoints_of, load_trained
-from fastssl.models.backbones import create_backbone, plain_arch, resolve_arch
+from fastssl.models.backbones import create_backbone, plain_arch, read_header, resolve_arch
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
+from fastssl.runs.checkpoint import INITIAL
 from fastssl.utils.yaml_file import shown
 from fastssl.weights.importing import Found, foreign_backbone, match
 from fastssl.weights.read import OwnCheckpoint, notes_of, read_foreign
@@ -50,6 +54,29 @@ def load_weights(source: str | Path, arch: str | None = None, which: str | None 
     if wanted is not None and plain_arch(found.arch) != wanted:
         raise FastSSLError(f"{text}: holds {found.arch}, not {wanted}; leave --arch out, or give {found.arch}")
     return found
+
+
+def initial_weights(source: str, arch: str | None = None, run: Path | None = None) -> Trained:
+    """Those that a run begins with, under a name without folders.
+
+    Args:
+        source, arch: see ``load_weights``.
+        run: folder of the run if it may have begun already: where it keeps a copy of the weights of this name, and they
+            would have to be fetched or are gone, the copy is taken. A file that is there is read, so that another
+            one's weights are found out.
+
+    Raises:
+        FastSSLError: see ``load_weights``.
+    """
+    path, of_hub = Path(source), source.startswith(HUB)
+    is_path = not of_hub and (source.startswith(FOLDER) or path.exists() or source.endswith(_FILES) or "/" in source)
+    name = Path(source.removeprefix(FOLDER)).name if is_path else source if of_hub else _with_tag(source)
+    kept = run / "checkpoints" / INITIAL if run is not None else None
+    if kept and kept.is_file() and not path.exists() and read_header(kept).get("origin") == name:
+        found = load_trained(kept)
+        if arch is None or plain_arch(arch) == found.arch:
+            return replace(found, name=name)
+    return replace(load_weights(source, arch), name=name)
 
 
 def _from_path(path: Path, arch: str | None, which: str | None) -> Trained:
