@@ -129,12 +129,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig, slower: Collection[n
     chosen, behind = {id(p) for p in spared}, {id(p) for p in slower if config.backbone_lr != 1}
     decay = config.weight_decay if config.final_weight_decay is None else 0.0
     groups: list[dict] = []
-    for scale, mine in ((1.0, [p for p in trainable if id(p) not in behind]), (config.backbone_lr, slower)):
-        mine = [p for p in mine if p.requires_grad] if scale == 1 or behind else []
-        for decays in (True, False) if mine else ():
+    for late in (False, True):
+        mine = [p for p in trainable if (id(p) in behind) == late]
+        for decays in (True, False):
             if parameters := [p for p in mine if (id(p) not in chosen) == decays]:
-                rates = {"weight_decay": decay if decays else 0.0, "decays": decays, "lr_scale": scale}
-                groups.append({"params": parameters, **rates})
+                rates = {"weight_decay": decay if decays else 0.0, "lr_scale": config.backbone_lr if late else 1.0}
+                groups.append({"params": parameters, "decays": decays, **rates})
     return groups
 
 
