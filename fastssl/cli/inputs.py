@@ -119,10 +119,6 @@ class Inputs:
     val: Path | None
     init: Trained | None = None
 
-    def folder(self, out: Path | None) -> Path:
-        """Of the run: ``out``, or one named by recipe and network."""
-        return out or Path("runs") / f"{self.name}-{self.recipe.arch}"
-
 
 def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -> Inputs:
     """Recipe, photos and first weights that the options ask for, of a run whose steps ``processes`` share; ``run``: its
@@ -136,6 +132,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -
     from fastssl.data.photo_source import look_at
     from fastssl.distributed.devices import choose_device
     from fastssl.models.backbones import plain_arch, resolve_arch
+    from fastssl.weights.source import initial_weights
 
     changes = parse_overrides(wanted.overrides)
     for option, key in (("--epochs", "train.epochs"), ("--batch-size", "train.batch_size")):
@@ -151,14 +148,16 @@ def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -
     if arch is not None:
         resolve_arch(arch)  # a mistyped network should fail before photos are looked at
     if recipe_name:  # and so should a mistyped key
-        arch = arch or tagged(load_recipe(recipe_name, changes).arch)
-    if tagged(arch):
+        own_arch = load_recipe(recipe_name, changes).arch
+        arch = arch or (own_arch if "." in own_arch else None)
+    if arch is not None and "." in arch:
         if first is not None:
             raise click.UsageError(f"--init-from and the tag of {arch} both name weights; give one")
         arch, first = None, arch
-    init = None if first is None else first_weights(first, arch, run)
-    if init is not None and not recipe_name:
-        recipe_name, reason = ADAPT_RECIPE, f"as the run begins with {init.name}"
+    init = None if first is None else initial_weights(first, arch, run)
+    if init is not None:
+        console.note(f"begins with {init.name} ({init.arch}), which saw pictures with {init.normalisation}")
+        recipe_name = recipe_name or ADAPT_RECIPE
     source = None if wanted.data is None else look_at(wanted.data)
     if not recipe_name:
         kind = "cpu" if source is None else choose_device(wanted.device).type
@@ -191,21 +190,6 @@ def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -
         # Through the console, which is silent in all processes but the first; and said also with --quiet.
         console.say(f"warning: {line}")
     return Inputs(recipe, Path(recipe_name).stem, data, val, init)
-
-
-def tagged(arch: str | None) -> str | None:
-    """``arch`` where it has the tag of weights."""
-    return arch if arch and "." in arch else None
-
-
-def first_weights(source: str, arch: str | None, run: Path | None) -> Trained:
-    """Those that a run begins with; what comes from the hub may take a while."""
-    from fastssl.weights.source import initial_weights
-
-    init = initial_weights(source, arch, run)
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in init.normalisation)
-    console.note(f"begins with {init.name} ({init.arch}; mean {mean}, std {std})")
-    return init
 
 
 def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path:

@@ -60,7 +60,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
         recipe_name=inputs.name,
         data=inputs.data,
         val=inputs.val,
-        out=inputs.folder(out),
+        out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
         device=wanted.device,
         pipeline=wanted.pipeline,
         seed=seed,

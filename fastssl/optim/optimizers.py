@@ -191,18 +191,13 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
 
 
-def create_optimizer(
-    model: nn.Module,
-    config: OptimConfig,
-    groups: list[dict] | None = None,
-    slower: Collection[nn.Parameter] = (),
-) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] | None = None) -> torch.optim.Optimizer:
     """The optimiser over ``model``'s trainable parameters, in the form that takes all tensors together.
 
     Args:
-        groups: of these parameters; None: ``parameter_groups(model, config, slower)``.
+        groups: of these parameters; None: ``parameter_groups(model, config)``.
     """
-    groups = parameter_groups(model, config, slower) if groups is None else groups
+    groups = parameter_groups(model, config) if groups is None else groups
     if config.name == "sgd":
         optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
@@ -254,9 +249,6 @@ def apply_decay(optimizer: torch.optim.Optimizer, lr: float | Tensor, decay: flo
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
-    """Give every group its share of the rate ``lr``; a tensor (one element, on the device) is read by the kernels at
-    every step.
-    """
+    """Give each group its share of the rate ``lr``; a tensor (one element, on the device) is read at every step."""
     for group in optimizer.param_groups:
-        scale = group.get("lr_scale", 1.0)
-        group["lr"] = lr if scale == 1 else lr * scale
+        group["lr"] = lr * scale if (scale := group.get("lr_scale", 1.0)) != 1 else lr

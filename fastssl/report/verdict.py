@@ -98,9 +98,9 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         state, rising = NOT_JUDGED, falling
         text = _without_labels(evidence)
     elif began and not any(found.word == "better" for found in began.values()):
-        state, text = NOTHING_ADDED, _added(began, evidence.judged)
+        state, text = NOT_JUDGED if _unknown(began) else NOTHING_ADDED, _added(began, evidence.judged)
     elif not any(found.word == "better" for found in against[RANDOM].values()):
-        unknown = all(found.word == "level" and found.high > _TOO_WIDE for found in against[RANDOM].values())
+        unknown = _unknown(against[RANDOM])
         state, rising = NOT_JUDGED if unknown else NO_BETTER, falling
         few = f"{counted(evidence.judged, 'judged photo')} are too few to tell: " if unknown else ""
         text = f"{few}{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
@@ -231,14 +231,18 @@ def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[s
     return text
 
 
+def _unknown(kinds: Mapping[str, Difference]) -> bool:
+    """Whether the judged photos are too few to tell."""
+    return all(found.word == "level" and found.high > _TOO_WIDE for found in kinds.values())
+
+
 def _added(began: Mapping[str, Difference], judged: int) -> str:
     """What pre-training has made of the weights that the run began with: the measure of whether it was worth it."""
-    names, chance = {"knn": "nearest neighbours", "linear": "the linear probe"}, f"chance on {counted(judged, 'photo')}"
-    outcome = {"better": "better", "worse": "worse", "level": f"no more than {chance}"}
-    parts = [
-        f"{found.points:+.1f} points in {names[kind]} ({found.low:+.1f} to {found.high:+.1f}: {outcome[found.word]})"
-        for kind, found in began.items()
-    ]
+    names, level = {"knn": "nearest neighbours", "linear": "the linear probe"}, f"chance on {counted(judged, 'photo')}"
+    parts = []
+    for kind, found in began.items():
+        word = f"no more than {level}" if found.word == "level" else found.word
+        parts.append(f"{found.points:+.1f} points in {names[kind]} ({found.low:+.1f} to {found.high:+.1f}: {word})")
     words = {found.word for found in began.values()}
     whole = "added to the weights as they came" if "better" in words else "added nothing to the weights as they came"
     harmed = "; use them as they are, or lower optim.lr and optim.backbone_lr" if words == {"worse"} else ""

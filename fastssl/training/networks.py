@@ -87,16 +87,6 @@ def picture_sizes(recipe: Recipe) -> dict[str, int]:
     return {**sizes, "probe.size": recipe.probe.size}
 
 
-def freeze_batchnorm(backbone: nn.Module) -> int:
-    """Let the BatchNorms normalise with their running statistics, which then stay as they are, also in training; scale
-    and shift go on learning. Returns how many there are.
-    """
-    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    for layer in layers:
-        layer.eval()
-    return len(layers)
-
-
 # ---------------------------------------------------------------------- memory layout
 
 

@@ -305,9 +305,9 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
     }
 
 
-def _keep(init: Trained, path: Path) -> None:
-    """A copy of what the run began with, for the report and for a later start, where the source may be gone."""
-    if not path.is_file():
+def _keep_first(init: Trained | None, path: Path) -> None:
+    """A copy of what the run began with: at a later start the source may be gone."""
+    if init is not None and not path.is_file():
         about = {"network": "imported", "origin": init.name, **init.normalisation._asdict()}
         save_backbone(init.backbone, path, arch=init.arch, **about)
 
@@ -335,11 +335,10 @@ def _resume(run: Setup) -> None:
         about = {"device": run.device.type, "host": describe_host(), "versions": describe_versions(), "git": run.git}
         try:
             found = run.folder.open(run.config, run.options.resume, about, put_in, launch_from_environment())
-        except FastSSLError as error:
+            _keep_first(run.options.init, run.folder.checkpoints / INITIAL)
+        except (FastSSLError, OSError) as error:
             found = str(error)
     found = broadcast_object(found)
-    if run.folder and not isinstance(found, str) and (init := run.options.init):
-        _keep(init, run.folder.checkpoints / INITIAL)
     if isinstance(found, str):
         run.end_together(FastSSLError(found))
     if found is not None:

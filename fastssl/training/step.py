@@ -35,17 +35,11 @@ from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.group_batchnorm import not_compiled, ordinary_batchnorm
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.models.recompute import recompute_blocks
-from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
+from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, parameter_groups, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.device_colour import device_colour
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
-from fastssl.training.networks import (
-    Bf16Weights,
-    channels_last_breaks,
-    freeze_batchnorm,
-    new_method,
-    require_channels_last,
-)
+from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
 from fastssl.training.room import fewest_parts
 from fastssl.training.switches import SWITCHES, Trial, compare, left_out, trial
@@ -135,12 +129,12 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
-        for network in self.method.networks if recipe.frozen_bn else ():
-            if not freeze_batchnorm(network.backbone) and network is self.method.student:
-                self.without_effect.append(f"frozen_bn changes nothing: {recipe.arch} has no BatchNorm")
+        if recipe.frozen_bn and not self.method.freeze_batchnorm():
+            self.without_effect.append(f"frozen_bn changes nothing: {recipe.arch} has no BatchNorm")
         backbone = list(self.method.student.backbone.parameters())
         self._frozen_first = backbone if recipe.optim.freeze_backbone_epochs else []
-        self.optimizer = create_optimizer(self.method, recipe.optim, slower=backbone)
+        groups_of = parameter_groups(self.method, recipe.optim, slower=backbone)
+        self.optimizer = create_optimizer(self.method, recipe.optim, groups_of)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
         self.networks: list[nn.Module] = self.method.networks

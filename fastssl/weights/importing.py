@@ -37,8 +37,7 @@ from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, torchvision_names
 #: (begin of the names -> network, the one with the gradient first; what may follow: wrappers around the backbone). The
 #: more particular first: SSLight's begin as those of MoCo and DINO do. Read in the projects' code (SSLight:
 #: src/sslight/model, src/sslight/backbone/layer.py; light-moco: moco/builder.py; DINO: main_dino.py). timm's and
-#: torchvision's are bare state dicts,
-#: as is ``efficientnet``, which is efficientnet_pytorch's.
+#: torchvision's and efficientnet_pytorch's are bare state dicts.
 LAYOUTS: dict[str, tuple[dict[str, str | None], str]] = {
     "sslight": (
         {
@@ -148,11 +147,8 @@ def import_backbone(
         raise FastSSLError(f"{destination}: exists and was not imported; {left_alone}")
     tensors = read_foreign(source)
     backbone, matched, view = foreign_backbone(source, tensors, arch, layout=layout, which=which, **seen)
-    origin = {
-        "origin": source.name,
-        "origin_layout": matched.layout,
-        "origin_network": matched.network or "the only one",
-    }
+    which = matched.network or "the only one"
+    origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": which}
     try:
         save_backbone(backbone, destination, arch=arch, network="imported", mean=view.mean, std=view.std, **origin)
     except (OSError, RuntimeError, SafetensorError) as error:

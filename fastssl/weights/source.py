@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import timm
 
@@ -36,8 +35,8 @@ def load_weights(source: str | Path, arch: str | None = None, which: str | None 
             reads it; a folder with timm's ``config.json``; ``hf-hub:user/name``; or a network of timm's with the tag of
             weights (``mobilenetv3_large_100.ra_in1k``; without a tag timm's first choice). What comes from the hub is
             taken from the local cache where it is there.
-        arch: the network that it should be; needed for files of other programs that do not say it. A tag in it is
-            passed over.
+        arch: the network that it should be, whatever tag stands behind it; needed for files of other programs that do
+            not say it.
         which: ``student`` or ``teacher`` of a file with both; None: the student.
 
     Raises:
@@ -45,12 +44,10 @@ def load_weights(source: str | Path, arch: str | None = None, which: str | None 
             without a value for each of the network's tensors.
     """
     text, wanted = str(source), None if arch is None else plain_arch(arch)
-    if text.startswith((HUB, FOLDER)):
-        found = _from_timm(text, which)
-    elif Path(text).exists() or text.endswith(_FILES) or "/" in text:
-        found = _from_path(Path(text), wanted, which)
+    if not _is_path(text):
+        found = _from_timm(text if text.startswith(HUB) else _with_tag(text), which)
     else:
-        found = _from_timm(_with_tag(text), which)
+        found = _from_path(Path(text.removeprefix(FOLDER)), wanted, which)
     if wanted is not None and plain_arch(found.arch) != wanted:
         raise FastSSLError(f"{text}: holds {found.arch}, not {wanted}; leave --arch out, or give {found.arch}")
     return found
@@ -60,23 +57,21 @@ def initial_weights(source: str, arch: str | None = None, run: Path | None = Non
     """Those that a run begins with, under a name without folders.
 
     Args:
-        source, arch: see ``load_weights``.
-        run: folder of the run if it may have begun already: where it keeps a copy of the weights of this name, and they
-            would have to be fetched or are gone, the copy is taken. A file that is there is read, so that another
-            one's weights are found out.
-
-    Raises:
-        FastSSLError: see ``load_weights``.
+        source, arch: see ``load_weights``, with its errors.
+        run: folder of the run if it may have begun already: its own copy of the weights of this name is taken where
+            they are gone, or would have to be fetched. A file that is there is read: it may hold others by now.
     """
-    path, of_hub = Path(source), source.startswith(HUB)
-    is_path = not of_hub and (source.startswith(FOLDER) or path.exists() or source.endswith(_FILES) or "/" in source)
-    name = Path(source.removeprefix(FOLDER)).name if is_path else source if of_hub else _with_tag(source)
-    kept = run / "checkpoints" / INITIAL if run is not None else None
-    if kept and kept.is_file() and not path.exists() and read_header(kept).get("origin") == name:
-        found = load_trained(kept)
-        if arch is None or plain_arch(arch) == found.arch:
-            return replace(found, name=name)
+    there = _is_path(source)
+    name = Path(source).name if there else source if source.startswith(HUB) else _with_tag(source)
+    kept = run / "checkpoints" / INITIAL if run is not None and not Path(source).exists() else None
+    if kept and kept.is_file() and read_header(kept).get("origin") == name:
+        source = str(kept)
     return replace(load_weights(source, arch), name=name)
+
+
+def _is_path(source: str) -> bool:
+    named_so = source.startswith(FOLDER) or source.endswith(_FILES) or "/" in source or Path(source).exists()
+    return named_so and not source.startswith(HUB)
 
 
 def _from_path(path: Path, arch: str | None, which: str | None) -> Trained:
@@ -88,41 +83,40 @@ def _from_path(path: Path, arch: str | None, which: str | None) -> Trained:
         tensors = read_foreign(path)
     except OwnCheckpoint:
         return load_trained(path, which)
-    said = notes_of(path).get("arch")
-    if (arch or said) is None:
+    arch = arch or notes_of(path).get("arch")
+    if arch is None:
         raise FastSSLError(f"{path}: does not say which network it holds; name it with --arch")
-    backbone, matched, seen = foreign_backbone(path, tensors, arch or said, which=which)
+    backbone, matched, seen = foreign_backbone(path, tensors, arch, which=which)
     return Trained(backbone.eval(), plain_arch(matched.arch), "imported", None, path.name, normalisation=seen)
 
 
 def _with_tag(name: str) -> str:
     """A network's name with a tag of published weights."""
-    plain, _, tag = name.partition(".")
     try:
         arch = resolve_arch(name)
     except FastSSLError as error:
         raise FastSSLError(f"{shown(name)}: no such file or folder, and no weights of timm's: {error}") from error
-    if not tag and (config := timm.get_pretrained_cfg(arch, allow_unregistered=False)) and config.tag:
+    if "." not in arch and (config := timm.get_pretrained_cfg(arch, allow_unregistered=False)) and config.tag:
         arch = f"{arch}.{config.tag}"
     if not timm.is_model_pretrained(arch):
-        raise FastSSLError(f"{name}: timm has no published weights of {plain}; give a file of your own")
+        raise FastSSLError(f"{name}: timm has no published weights of this network; give a file of your own")
     return arch
 
 
 def _from_timm(source: str, which: str | None) -> Trained:
     """By timm's own reader, then into a backbone as we make them."""
     if which is not None:
-        raise FastSSLError(f"{source}: holds one network; a {which} is asked for of a run alone")
+        raise FastSSLError(f"{source}: holds one network; only of a run's two a {which} can be asked for")
     with _in_one_line(source):
         network = timm.create_model(source, pretrained=True, num_classes=0)
-    config: dict[str, Any] = network.pretrained_cfg
+    config = getattr(network, "pretrained_cfg")  # noqa: B009 (to a type checker it is a tensor)
     arch = plain_arch(config["architecture"])
     backbone = create_backbone(arch)
     match(Path(source), Found(("timm",), None, dict(network.state_dict()), []), arch, backbone)
     seen = Normalisation(*(tuple(config.get(name) or getattr(IMAGENET, name)) for name in Normalisation._fields))
-    size, crop = (config.get("input_size") or (None,))[-1], config.get("crop_pct")
-    name = f"{FOLDER}{Path(source).name}" if source.startswith(FOLDER) else source
-    return Trained(backbone.eval(), arch, "imported", None, name, size, crop, seen)
+    name = Path(source).name if source.startswith(FOLDER) else source
+    size = (config.get("input_size") or (None,))[-1]
+    return Trained(backbone.eval(), arch, "imported", None, name, size, config.get("crop_pct"), seen)
 
 
 @contextmanager
@@ -135,15 +129,12 @@ def _in_one_line(source: str) -> Iterator[None]:
     speaker.setLevel(logging.ERROR)  # a line for each of ten tries without a network
     try:
         yield
-    except FastSSLError:
-        raise
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        why = "not in the cache of this machine, and the hub cannot be reached"
-        raise FastSSLError(f"{source}: {why}; fetch it where there is a network, or give a file") from error
-    except RepositoryNotFoundError as error:
-        raise FastSSLError(f"{source}: the hub has no such repository, or it is private (`hf auth login`)") from error
     except Exception as error:
-        said = without_folders(" ".join(str(error).split()))[:200]
-        raise FastSSLError(f"{source}: cannot be loaded ({type(error).__name__}: {said})") from error
+        said = f"cannot be loaded ({type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]})"
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
+            said = "not in the cache of this machine, and the hub cannot be reached; fetch it elsewhere, or give a file"
+        elif isinstance(error, RepositoryNotFoundError):
+            said = "the hub has no such repository, or it is private (`hf auth login`)"
+        raise FastSSLError(f"{source}: {said}") from error
     finally:
         speaker.setLevel(level)

@@ -132,7 +132,7 @@ def test_a_tag_of_timms(hub: Path) -> None:
 
 
 def test_no_weights_of_that_name() -> None:
-    assert line("lcnet_035") == "lcnet_035: timm has no published weights of lcnet_035; give a file of your own"
+    assert line("lcnet_035") == "lcnet_035: timm has no published weights of this network; give a file of your own"
     assert "unknown tag 'ra_in2k' of mobilenetv3_large (nearest: ra_in1k" in line("mobilenetv3_large.ra_in2k")
     assert line("lcnet_05").startswith("'lcnet_05': no such file or folder, and no weights of timm's: unknown network")
 
