@@ -87,7 +87,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             made = run.length.total_steps
             saved = f"{made:,} of {counted(made, 'step')} made and saved in {options.out}"
             raise Interrupted(f"{saved}; the same command writes the report")
-        log.note("probing: the trained network, the same network before training, raw pixels, colours")
+        before = "a random one, the weights as they came" if options.init else "the same network before training"
+        log.note(f"probing: the trained network, {before}, raw pixels, colours")
         summary = finish_run(run, started)
         run.tell_status("finished")
         return summary

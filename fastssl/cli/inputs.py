@@ -17,6 +17,7 @@ from fastssl.utils.addresses import shown
 if TYPE_CHECKING:
     from fastssl.config.recipe import Recipe
     from fastssl.data.photo_source import Source
+    from fastssl.evaluate.trained import Trained
 
 _photos = functools.partial(click.option, type=SomePath(remote=True), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 _PHOTOS_AND_RECIPE = (
@@ -25,6 +26,13 @@ _PHOTOS_AND_RECIPE = (
         metavar="NAME",
         help="Network: mobilenetv3_large, efficientnet_b0, mobilenetv2, resnet18, resnet34, resnet50, vit_tiny, or any "
         "timm name. Default: the recipe's.",
+    ),
+    click.option(
+        "--init-from",
+        metavar="WEIGHTS",
+        help="Begin with these in place of random weights: a run's folder, a file that `fastssl import` reads, "
+        "hf-hub:USER/NAME, or a network of timm's with a tag (mobilenetv3_large_100.ra_in1k), which in --arch means "
+        "the same. Their mean and std become the views' unless the recipe has its own.",
     ),
     _photos(
         "--data",
@@ -36,8 +44,8 @@ _PHOTOS_AND_RECIPE = (
         "--recipe",
         "recipe_name",
         metavar="NAME|FILE.yaml",
-        help="Default: quickstart without --data; with it few-photos, or light-moco-mobilenetv3 for 20,000 photos and "
-        "more on a GPU.",
+        help="Default: adapt with weights to begin with; quickstart without --data; with it few-photos, or "
+        "light-moco-mobilenetv3 for 20,000 photos and more on a GPU.",
     ),
     click.option(
         "--set",
@@ -69,6 +77,7 @@ class Wanted:
     """What the options of ``input_options`` say; None: what their help says."""
 
     arch: str | None
+    init_from: str | None
     data: Path | None
     val: Path | None
     recipe_name: str | None
@@ -100,25 +109,30 @@ def input_options(*out: Callable[..., Any]) -> Callable[[Callable[..., None]], C
 
 @dataclass(frozen=True)
 class Inputs:
-    """The recipe of a run, with a batch and epochs that go with the photos; its name; the ``.beton`` files."""
+    """The recipe of a run, with a batch and epochs that go with the photos; its name; the ``.beton`` files; the weights
+    that it begins with.
+    """
 
     recipe: Recipe
     name: str
     data: Path
     val: Path | None
+    init: Trained | None = None
 
 
-def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
-    """Recipe and photos that the options ask for, of a run whose steps ``processes`` share. What was chosen, converted
+def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -> Inputs:
+    """Recipe, photos and first weights that the options ask for, of a run whose steps ``processes`` share; ``run``: its
+    folder, where it may have begun already. What was chosen, converted
     or changed on the way is said. Raises click.UsageError for an option and a --set of the same value, FastSSLError
     where there is no such recipe, key, network or photos.
     """
     from fastssl.config.recipe import load_recipe, parse_overrides
-    from fastssl.config.recipe_choice import choose, fit, warnings_for
+    from fastssl.config.recipe_choice import ADAPT_RECIPE, choose, fit, warnings_for
     from fastssl.data import sample_set
     from fastssl.data.photo_source import look_at
     from fastssl.distributed.devices import choose_device
-    from fastssl.models.backbones import resolve_arch
+    from fastssl.models.backbones import plain_arch, resolve_arch
+    from fastssl.weights.source import initial_weights
 
     changes = parse_overrides(wanted.overrides)
     for option, key in (("--epochs", "train.epochs"), ("--batch-size", "train.batch_size")):
@@ -130,17 +144,27 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     if "train.epochs" in changes and "train.samples" in changes:
         raise click.UsageError("train.samples says how many epochs there are: give either it or the epochs")
     recipe_name, reason, val = wanted.recipe_name, "", wanted.val
-    if wanted.arch is not None:
-        resolve_arch(wanted.arch)  # a mistyped network should fail before photos are looked at
+    arch, first = wanted.arch, wanted.init_from
+    if arch is not None:
+        resolve_arch(arch)  # a mistyped network should fail before photos are looked at
     if recipe_name:  # and so should a mistyped key
-        load_recipe(recipe_name, changes)
+        own_arch = load_recipe(recipe_name, changes).arch
+        arch = arch or (own_arch if "." in own_arch else None)
+    if arch is not None and "." in arch:
+        if first is not None:
+            raise click.UsageError(f"--init-from and the tag of {arch} both name weights; give one")
+        arch, first = None, arch
+    init = None if first is None else initial_weights(first, arch, run)
+    if init is not None:
+        console.note(f"begins with {init.name} ({init.arch}), which saw pictures with {init.normalisation}")
+        recipe_name = recipe_name or ADAPT_RECIPE
     source = None if wanted.data is None else look_at(wanted.data)
     if not recipe_name:
         kind = "cpu" if source is None else choose_device(wanted.device).type
         recipe_name, reason = choose(source.photos if source else None, source.short_side if source else None, kind)
-    recipe = load_recipe(recipe_name, changes)
-    own_arch = recipe.arch
-    recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
+    recipe = load_recipe(recipe_name, changes, None if init is None else init.normalisation)
+    own_arch = plain_arch(recipe.arch)
+    recipe = dataclasses.replace(recipe, arch=arch or (init.arch if init else own_arch))
     resolve_arch(recipe.arch)
     if val is None and source and "val" in source.splits:
         val = wanted.data
@@ -165,7 +189,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side, found.shortened):
         # Through the console, which is silent in all processes but the first; and said also with --quiet.
         console.say(f"warning: {line}")
-    return Inputs(recipe, Path(recipe_name).stem, data, val)
+    return Inputs(recipe, Path(recipe_name).stem, data, val, init)
 
 
 def beton_of(source: Source, recipe: Recipe, workers: int | None = None) -> Path:

@@ -34,6 +34,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     fastssl pretrain                                                  # sample photos, minutes on a laptop
     fastssl pretrain --data photos/                                   # yours: a folder, a tar or a .beton file
     fastssl pretrain --arch resnet18 --data photos/ --epochs 100
+    fastssl pretrain --arch mobilenetv3_large_100.ra_in1k --data photos/   # begin with timm's ImageNet weights
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs, the batch shared out
 
@@ -54,7 +55,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     from fastssl.pretrain import pretrain as run
 
     with first_of_host_speaks():
-        inputs = choose_inputs(wanted, processes=world.size)
+        inputs = choose_inputs(wanted, processes=world.size, run=out if resume != "never" else None)
     options = RunOptions(
         recipe_name=inputs.name,
         data=inputs.data,
@@ -66,6 +67,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
         workers=wanted.workers,
         resume=resume,
         check=check,
+        init=inputs.init,
         command=without_folders(command_line(click.get_current_context())),
     )
     with RunProgress(console, quiet=not console.notes) as progress:

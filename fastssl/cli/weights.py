@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: fastssl.weights.export.ENDINGS, and fastssl.weights.importing.LAYOUTS and NETWORK, written out: that package loads
 #: torch, which --help should not wait for.
 FORMATS = ("timm", "torchvision", "safetensors", "onnx")
-LAYOUTS = ("auto", "timm", "torchvision", "moco", "dino", "sslight")
+LAYOUTS = ("auto", "timm", "torchvision", "efficientnet", "moco", "dino", "sslight")
 WHICH = ("student", "teacher", "query", "key")
 _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
 
@@ -110,8 +110,8 @@ def export(
 @click.option("--std", help="Likewise.", **_SEEN)
 @json_option
 def import_(foreign: Path, dst: Path, arch: str, json_path: str | None, mean: Any, std: Any, **how: Any) -> None:
-    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm or
-    torchvision, and write it to DST.safetensors, which every command here takes.
+    """Take the backbone out of FOREIGN, a checkpoint of MoCo, light-moco, DINO or SSLight or weights for timm,
+    torchvision or efficientnet_pytorch, and write it to DST.safetensors, which every command here takes.
 
     Every tensor is matched by name and shape; one that is missing is an error. Projectors, classifiers, queues and
     optimisers are left out and listed. Nothing in FOREIGN is run: a file that needs more than tensors and settings is

@@ -17,7 +17,7 @@ from fastssl.losses.pairs import PairWeights
 from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.methods.base import MethodConfig
 from fastssl.optim.optimizers import OptimConfig
-from fastssl.pipelines.plan.draw import ViewSpec
+from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop
 from fastssl.utils.settings import (
     BY_FORM,
@@ -150,6 +150,8 @@ class Recipe:
         init: ``timm`` (what the network's definition there does) or ``kaiming`` (``models.backbones.kaiming_init``).
         zero_init_residual: begin with every residual block as the identity
             (``models.backbones.zero_residual_branches``).
+        frozen_bn: the backbone's BatchNorms keep the running statistics that they came with, and normalise with them in
+            training, too: for a run that begins with weights. Scale and shift learn.
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
         full_samples: pictures that a whole run of the published recipe (``full_recipe``) sees (epochs x data set), the
@@ -160,6 +162,7 @@ class Recipe:
     method: MethodName = "moco"
     init: Literal["timm", "kaiming"] = "timm"
     zero_init_residual: Switch = False
+    frozen_bn: Switch = False
     drop_path: BelowOne = 0.0
     views: Annotated[Annotated[list[ViewSpec], LIST] | Annotated[MultiCrop, MAPPING], BY_FORM] = field(
         default_factory=list
@@ -216,13 +219,15 @@ def recipe_path(name: str) -> Path:
     return ours
 
 
-def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+def load_recipe(
+    name: str, overrides: Mapping[str, str] | None = None, normalisation: Normalisation | None = None
+) -> Recipe:
     """Read and check a recipe: one of ours by name, or a yaml file by path. Raises FastSSLError, with file and key, for
     an unknown recipe or key (with the nearest), a wrong type, or a value out of range.
 
     With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
     the place of ``train.samples``. ``overrides``, as ``{"optim.lr": "0.1", "views.0.size": "64"}``, are yaml, and taken
-    as they are.
+    as they are. ``normalisation``: of the views, where neither recipe nor overrides say theirs.
     """
     path, overrides = recipe_path(name), overrides or {}
     tree = read_yaml(path)
@@ -233,12 +238,24 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
     for key, text in sorted(overrides.items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
         _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
+    if normalisation is not None:
+        _normalise(tree, normalisation)
     recipe = build_recipe(tree, where=path.name)
     if "train.epochs" in overrides and "train.samples" not in overrides:
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, samples=None))
     if not isinstance(own_batch, int) or own_batch < 2:  # an override mended it: nothing to be in proportion to
         return recipe
     return with_batch(recipe, recipe.train.batch_size, own_batch, given=overrides)
+
+
+def _normalise(tree: dict[str, Any], normalisation: Normalisation) -> None:
+    """Give all views of a recipe's plain values a normalisation, where they have none."""
+    if isinstance(views := tree.get("views"), str):
+        tree["views"] = views = _preset(views, "views")
+    parts = views if isinstance(views, list) else [views.setdefault("augment", {})] if isinstance(views, dict) else []
+    for part in (part for part in parts if isinstance(part, dict)):
+        for name, values in normalisation._asdict().items():
+            part.setdefault(name, list(values))
 
 
 def with_batch(recipe: Recipe, batch: int, own_batch: int, *, given: Container[str] = frozenset()) -> Recipe:

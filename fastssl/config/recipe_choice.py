@@ -15,6 +15,8 @@ from fastssl.methods.base import MethodConfig
 from fastssl.models.backbones import resizes_positions, resolve_arch
 
 SAMPLE_RECIPE, FEW_RECIPE, FULL_RECIPE = "quickstart", "few-photos", "light-moco-mobilenetv3"
+#: Of a run that begins with weights.
+ADAPT_RECIPE = "adapt"
 #: From this many photos on the full recipe, which was written for 1.3 million, sees enough different ones.
 MANY_PHOTOS = 20_000
 #: Half of the full recipe's 224 px: views of smaller photos are mostly pixels that were made up.
@@ -175,11 +177,13 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     warmup: float = whole("optim.warmup_epochs", optim.warmup_epochs)
     if not optim.per_epoch and not is_given("optim.warmup_epochs", given):
         warmup = round(optim.warmup_epochs * factor, 2)
+    frozen = optim.freeze_backbone_epochs
+    frozen = frozen if is_given("optim.freeze_backbone_epochs", given) else round(frozen * factor, 2)
     counts = {key: whole(f"{recipe.method}.{key}", getattr(settings, key)) for key in settings.EPOCH_KEYS}
     every = whole("probe.every_epochs", recipe.probe.every_epochs)
     stretched = replace(
         _with_settings(recipe, replace(settings, **counts)),
-        optim=replace(optim, warmup_epochs=float(warmup)),
+        optim=replace(optim, warmup_epochs=float(warmup), freeze_backbone_epochs=frozen),
         train=replace(train, samples=None, epochs=epochs),
         probe=replace(recipe.probe, every_epochs=every),
     )
@@ -205,7 +209,7 @@ def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float, 
     if shortened and size >= PUBLISHED_VIEW and short_side < PUBLISHED_SIDE:
         softer = "crops are softer than in the published runs, which cut them from photos of full size (--keep-size)"
         found.append(f"the photos were scaled down to a short side of {short_side:g} px when converted: {softer}")
-    keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
+    keys = {f"optim.{key}": getattr(recipe.optim, key) for key in ("warmup_epochs", "freeze_backbone_epochs")}
     keys |= {f"{method}.{key}": getattr(settings, key) for key in settings.EPOCH_KEYS if key != "queue_epoch"}
     if late := [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]:
         ends = f"{counted(recipe.train.epochs, 'epoch')} ends before its warm-up does ({', '.join(late)})"

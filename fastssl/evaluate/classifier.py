@@ -88,7 +88,7 @@ def save_classifier(network: Classifier, path: Path, *, arch: str, classes: list
     name = timm_classifier_name(arch)
     tensors = {**network.backbone.state_dict(), **network.linear.state_dict(prefix=f"{name}.")}
     seen = {"crop": view.center, **{name: getattr(view, name) for name in ("interpolation", "mean", "std")}}
-    about = {"arch": resolve_arch(arch, tags=True), "classes": classes, "size": view.size, **seen}
+    about = {"arch": resolve_arch(arch), "classes": classes, "size": view.size, **seen}
     notes = {"format": "pt", "fastssl-classifier": json.dumps(about)}
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:

@@ -18,8 +18,8 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, ClassVar
+from itertools import chain, groupby
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -306,6 +306,16 @@ class Method(nn.Module):
         """Let the BatchNorms look at the samples of all ranks; ``convert`` makes those of a network do so, in place."""
         for network in self.networks:
             convert(network)
+
+    def freeze_batchnorm(self) -> bool:
+        """Let the backbones' BatchNorms normalise with their running statistics, which then stay as they are, also in
+        training; scale and shift learn. False: there are none.
+        """
+        everywhere = chain.from_iterable(cast(Encoder, network).backbone.modules() for network in self.networks)
+        layers = [layer for layer in everywhere if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        for layer in layers:
+            layer.eval()
+        return bool(layers)
 
     # ------------------------------------------------------------------ what a method fills in
 

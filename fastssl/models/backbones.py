@@ -43,16 +43,12 @@ SHORT_NAMES: dict[str, str] = {
 _NOT_SMALL = 64
 
 
-def resolve_arch(name: str, *, tags: bool = False) -> str:
-    """The timm name of ``name`` (a short name or timm's own).
-
-    Args:
-        tags: also take a name with the tag of published weights (``mobilenetv3_large_100.ra_in1k``), where it says
-            whose weights a file holds. Refused for training, which begins from random weights.
+def resolve_arch(name: str) -> str:
+    """The timm name of ``name`` (a short name or timm's own), with the tag of published weights
+    (``mobilenetv3_large_100.ra_in1k``) where it has one.
 
     Raises:
-        FastSSLError: no such network; the message names the nearest ones. Or a tag that timm does not know, or any
-            without ``tags``.
+        FastSSLError: no such network, or no such tag; the message names the nearest ones.
     """
     plain, dot, tag = name.partition(".")
     arch = SHORT_NAMES.get(plain, plain)
@@ -61,19 +57,17 @@ def resolve_arch(name: str, *, tags: bool = False) -> str:
         raise FastSSLError(
             f"unknown network {shown(name)}{hint}; `fastssl archs` lists the short names, any timm name works too"
         )
-    if not dot:
-        return arch
-    if not tags:
-        raise FastSSLError(
-            f"{shown(name)}: pre-training begins from random weights, those that the tag {shown(tag)} names "
-            f"would not be used; give the plain network: {plain}"
-        )
-    if not timm.is_model_pretrained(f"{arch}.{tag}"):
+    if dot and not timm.is_model_pretrained(f"{arch}.{tag}"):
         tags_of = [name.partition(".")[2] for name in timm.list_pretrained(f"{arch}.*")]
         raise FastSSLError(
             f"unknown tag {shown(tag)} of {plain}{nearest(tag[:100], tags_of)}; the plain network is {plain}"
         )
-    return f"{arch}.{tag}"
+    return f"{arch}{dot}{tag}"
+
+
+def plain_arch(name: str) -> str:
+    """``resolve_arch`` without the tag: which network it is, whatever its weights."""
+    return resolve_arch(name).partition(".")[0]
 
 
 def _warn(text: str) -> None:
@@ -101,7 +95,7 @@ def create_backbone(
         a timm module; ``module(images (N, 3, S, S)) -> (N, F)``; ``feature_dim(module)`` is F. Vision transformers
         take any S that their patch size divides: the position embedding is interpolated.
     """
-    arch = resolve_arch(name, tags=True)
+    arch = resolve_arch(name)
     options: dict[str, Any] = {"num_classes": 0}  # of any network's constructor
     if resizes_positions(arch):
         options["dynamic_img_size"] = True
@@ -201,7 +195,7 @@ def save_backbone(backbone: nn.Module, path: Path, *, arch: str, **notes: Any) -
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     about = {
-        "arch": resolve_arch(arch, tags=True),
+        "arch": resolve_arch(arch),
         "feature_dim": feature_dim(backbone),
         "digest": digest(dict(sorted(tensors.items()))),
         **notes,

@@ -38,6 +38,10 @@ class OptimConfig:
             None: a share of the peak. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
         per_epoch: change the rate once an epoch, as MoCo and light-moco do, instead of every step.
+        backbone_lr: the backbone's rate as a share of the head's, for weights that are to change less than the head,
+            which begins at random.
+        freeze_backbone_epochs: first epochs in which the head alone learns. The backbone's BatchNorm statistics move
+            all the same, unless they are kept (``frozen_bn``).
     """
 
     name: Literal["sgd", "adamw", "lars"] = "sgd"
@@ -55,6 +59,8 @@ class OptimConfig:
     warmup_lr: NotNegative | None = None
     final_lr: NotNegative = 0.0
     per_epoch: Switch = False
+    backbone_lr: Positive = 1.0
+    freeze_backbone_epochs: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):
@@ -106,8 +112,9 @@ class OptimConfig:
         return replace(self, **{name: rate * factor for name, rate in ends.items() if rate})
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """Trainable parameters, in one group or in two (with and without weight decay).
+def parameter_groups(model: nn.Module, config: OptimConfig, slower: Collection[nn.Parameter] = ()) -> list[dict]:
+    """Trainable parameters, in one group or in two (with and without weight decay); those of ``slower``, where
+    ``backbone_lr`` is not 1, in such groups of their own. A group's share of the rate is its ``lr_scale``.
 
     A group's ``weight_decay`` is 0 where the decay follows a schedule: ``apply_decay`` then takes it on, and ``decays``
     says of which groups.
@@ -119,11 +126,15 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
         if (p.ndim <= 1 and not config.decay_1d)
         or (p.ndim == 4 and p.shape[1] == 1 and not config.decay_depthwise)  # a depth-wise filter (C, 1, k, k)
     ]
-    chosen = {id(p) for p in spared}
+    chosen, behind = {id(p) for p in spared}, {id(p) for p in slower if config.backbone_lr != 1}
     decay = config.weight_decay if config.final_weight_decay is None else 0.0
-    groups = [{"params": [p for p in trainable if id(p) not in chosen], "weight_decay": decay, "decays": True}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0, "decays": False})
+    groups: list[dict] = []
+    for late in (False, True):
+        mine = [p for p in trainable if (id(p) in behind) == late]
+        for decays in (True, False):
+            if parameters := [p for p in mine if (id(p) not in chosen) == decays]:
+                rates = {"weight_decay": decay if decays else 0.0, "lr_scale": config.backbone_lr if late else 1.0}
+                groups.append({"params": parameters, "decays": decays, **rates})
     return groups
 
 
@@ -225,17 +236,19 @@ def apply_decay(optimizer: torch.optim.Optimizer, lr: float | Tensor, decay: flo
     Args:
         optimizer: as ``create_optimizer`` makes it for a recipe with ``final_weight_decay``: with no decay of its own.
     """
-    decaying = [p for group in optimizer.param_groups if group["decays"] for p in group["params"]]
-    parameters = [p for p in decaying if p.grad is not None]
-    if isinstance(optimizer, torch.optim.AdamW):
-        torch._foreach_mul_(parameters, 1 - lr * decay)
-    elif isinstance(decay, Tensor):
-        torch._foreach_add_([p.grad for p in parameters], torch._foreach_mul(parameters, decay))
-    else:
-        torch._foreach_add_([p.grad for p in parameters], parameters, alpha=decay)
+    for group in (group for group in optimizer.param_groups if group["decays"]):
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
+            torch._foreach_mul_(parameters, 1 - lr * group.get("lr_scale", 1.0) * decay)
+        elif isinstance(decay, Tensor):
+            torch._foreach_add_([p.grad for p in parameters], torch._foreach_mul(parameters, decay))
+        else:
+            torch._foreach_add_([p.grad for p in parameters], parameters, alpha=decay)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
-    """Give every group the rate ``lr``; a tensor (one element, on the device) is read by the kernels at every step."""
+    """Give each group its share of the rate ``lr``; a tensor (one element, on the device) is read at every step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * scale if (scale := group.get("lr_scale", 1.0)) != 1 else lr

@@ -17,7 +17,7 @@ from fastssl.evaluate.online_probe import ProbeSplit, choose_split, probe_featur
 from fastssl.evaluate.references import colour_histogram_features, raw_pixel_features
 from fastssl.report.page import write_report
 from fastssl.report.pictures import neighbours_picture, views_picture
-from fastssl.report.run_record import COLOURS, MAJORITY, RANDOM, RAW, TRAINED, number
+from fastssl.report.run_record import AS_IT_CAME, COLOURS, MAJORITY, RANDOM, RAW, TRAINED, number
 from fastssl.report.verdict import Evidence, judge
 from fastssl.training.bottleneck import WORTH, bottleneck, smaller_side
 from fastssl.training.networks import initial_backbone
@@ -62,6 +62,7 @@ def finish_run(run: Setup, started: float) -> dict[str, Any]:
         "command": options.command,
         "arch": run.config["arch"],
         "recipe": options.recipe_name,
+        "init_from": run.config["init_from"],
         "data": {**data, "val_name": options.val.name if options.val else None},
         "device": run.device.type,
         "fallbacks": run.step.fallbacks,
@@ -90,8 +91,9 @@ def finish_run(run: Setup, started: float) -> dict[str, Any]:
     text = to_json(summary, indent=2) + "\n"
     write_atomically(options.out / "summary.json", lambda path: path.write_text(text))
     views_picture(run.reader, run.recipe.views, options.out / "views.png", seed=options.seed)
-    before, after = (_without_holes(features[name]) for name in (RANDOM, TRAINED))
-    neighbours_picture(split, before=before, after=after, out=options.out / "neighbours.png")
+    first = AS_IT_CAME if AS_IT_CAME in features else RANDOM
+    before, after = (_without_holes(features[name]) for name in (first, TRAINED))
+    neighbours_picture(split, before=before, after=after, out=options.out / "neighbours.png", first=first)
     write_report(options.out)
     return summary
 
@@ -101,8 +103,8 @@ def _rows(run: Setup, kind: str) -> list[dict[str, Any]]:
 
 
 def _all_features(run: Setup, split: ProbeSplit) -> dict[str, tuple[Features, Features]]:
-    """(bank, queries) of raw pixels and colours, of the network as it was before the first step, of the trained one,
-    and of the forms of it that the recipe names.
+    """(bank, queries) of raw pixels and colours, of a random network and of the one that the run began with, of the
+    trained one, and of the forms of it that the recipe names.
     """
     options, probe = run.extraction, run.recipe.probe
     shared = {name: options[name] for name in ("workers", "crop", "on_bad")}
@@ -111,14 +113,19 @@ def _all_features(run: Setup, split: ProbeSplit) -> dict[str, tuple[Features, Fe
     for name, function in ((f"{RAW} (16x16)", raw_pixel_features), (COLOURS, colour_histogram_features)):
         bank, queries = (function(reader, indices=index, **shared) for reader, index in parts)
         found[name] = bank, queries
-    networks = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device), TRAINED: run.backbone}
+    networks, others = {RANDOM: initial_backbone(run.recipe, run.options.seed).to(run.device)}, dict[str, Any]()
+    if (init := run.options.init) is not None:
+        networks[AS_IT_CAME] = init.backbone.to(run.device)
+        others[AS_IT_CAME] = {"normalisation": init.normalisation}  # also where the views have another
+    networks[TRAINED] = run.backbone
     if probe.teacher and (teacher := run.step.method.teacher) is not None:
         networks[TEACHER] = teacher.backbone
     if probe.reestimate_bn and has_batchnorm(run.backbone):
         estimate = partial(reestimated, data=run.reader, samples=probe.reestimate_bn, size=probe.size)
         for name in (name for name in (TRAINED, TEACHER) if name in networks):
             networks[name + REESTIMATED] = estimate(networks[name], seed=run.options.seed, **options)
-    return found | {name: split.features(network, probe.size, **options) for name, network in networks.items()}
+    how = {name: {**options, **others.get(name, {})} for name in networks}
+    return found | {name: split.features(network, probe.size, **how[name]) for name, network in networks.items()}
 
 
 def _throughput(run: Setup, total_seconds: float) -> dict[str, Any]:

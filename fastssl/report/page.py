@@ -9,7 +9,7 @@ from typing import Any
 
 from fastssl.errors import duration
 from fastssl.report.document import render_template
-from fastssl.report.run_record import COLOURS, MARKS, RANDOM, RAW, TRAINED, RunRecord, get, number, probe_rows, read_run
+from fastssl.report.run_record import MARKS, RAW, TRAINED, RunRecord, get, number, probe_rows, read_run
 from fastssl.utils.atomic_files import write_atomically
 
 _ARCH_NAMES = {
@@ -68,7 +68,7 @@ def headline(run: RunRecord) -> str:
     what = f"{samples:,} photos" if isinstance(samples, int) else "photos"
     done = f"{arch} was trained on {what} without labels" + ("" if seconds is None else f" in {duration(seconds)}")
     for kind, words in (("linear", "linear probe"), ("knn", "kNN")):
-        values = {name: number(get(marked, name, kind)) for name in (TRAINED, RANDOM, RAW)}
+        values = {name: number(get(marked, name, kind)) for name in (TRAINED, *MARKS[:2:-1], RAW)}
         if values.pop(TRAINED) is not None:
             figures = [f"{words} {get(marked, TRAINED, kind):.1f} %"]
             figures += [f"{name} {value:.1f} %" for name, value in values.items() if value is not None]
@@ -117,7 +117,7 @@ def _marks(run: RunRecord) -> list[tuple[bool, Any, list[tuple[str, str]]]]:
 def _curves(run: RunRecord) -> list[tuple]:
     step, probe = partial(_points, run.steps), partial(_points, run.probes)
     # The probes at the end use more photos than those in between: the dashed lines are a guide, not a finish line.
-    figures = {name: number(get(_rows(run)[0], name, "knn")) for name in (RAW, COLOURS, RANDOM)}
+    figures = {name: number(get(_rows(run)[0], name, "knn")) for name in MARKS[1:]}
     marks = {name: value for name, value in figures.items() if value is not None}
     knn = "Online kNN accuracy" + " (dashed: the final probe's marks)" * bool(marks)
     spread = {"features": probe("feature_std"), "embedding": step("embedding_std")}

@@ -21,6 +21,7 @@ from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.report.drawing import INK, MARGIN, PAPER, QUIET, choose, class_name, fitted, scaled, spread, write, written
+from fastssl.report.run_record import RANDOM, TRAINED
 
 #: Blue-green and orange-red: apart also for the colour-blind, who also have the counts in the captions.
 _SAME, _OTHER, _LINE = "#0f9d76", "#e0533a", "#e4e7ec"
@@ -98,13 +99,15 @@ def neighbours_picture(
     queries: int = 8,
     neighbours: int = 6,
     tile: int = 70,
+    first: str = RANDOM,
 ) -> Image.Image:
     """Draw query photos with their nearest photos (cosine) by two networks, one row each. Raises FastSSLError where
     bank or queries have no photo.
 
     Args:
         split: its ``bank`` and ``queries`` are the open files that the features came from.
-        before, after: (bank, queries) features of the random and of the trained network. Rows are paired by sample
+        before, after: (bank, queries) features of the network that is called ``first`` there, and of the trained one.
+            Rows are paired by sample
             id; photos that one of them lacks are left out.
         out: where to write the PNG; None: only return the picture.
         queries: number of query photos, spread over the classes (the file when there are none).
@@ -145,7 +148,7 @@ def neighbours_picture(
         picture.paste(fitted(split.queries, sample, 2 * tile), (left, top + caption))
         frames.rectangle((left, top + caption, left + 2 * tile - 1, top + caption + 2 * tile - 1), outline=_LINE)
         left += 2 * tile + 16
-        for words, found, colour in zip(("random initialisation", "after pre-training"), nearest, (QUIET, INK)):
+        for words, found, colour in zip((first, TRAINED), nearest, (QUIET, INK)):
             hits = [bool(bank.labels[i] == label) for i in found[number]]
             count = f": {sum(hits)} of {len(hits)} of the same class" if labelled else ""
             write(picture, (left, top), words + count, 14, colour)

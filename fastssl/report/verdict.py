@@ -16,10 +16,12 @@ import numpy as np
 
 from fastssl.errors import counted
 from fastssl.evaluate.features import wilson_interval
-from fastssl.report.run_record import MARKS, RANDOM, RAW, TRAINED, number, probe_rows
+from fastssl.report.run_record import AS_IT_CAME, MARKS, RANDOM, RAW, TRAINED, number, probe_rows
 
 LEARNED, STILL_LEARNING, IN_PART = "learned", "still learning", "learned in part"
 COLLAPSED, NO_BETTER, NOT_JUDGED = "collapsed", "no better than random", "not judged"
+#: of a run that began with weights, whose mark they are in the place of random ones
+NOTHING_ADDED = "nothing added"
 
 #: Collapse. Random networks have an effective rank of 30 and more and a spread above 0.5; trained ones 80 and 0.7.
 _LEAST_RANK, _LEAST_SPREAD, _LEAST_EMBEDDING = 2.0, 0.02, 0.1
@@ -86,6 +88,7 @@ def judge(evidence: Evidence) -> dict[str, Any]:
     """
     signs, gain = collapse_signs(evidence), expected_gain(evidence)
     against = compare(evidence.rows, evidence.judged)
+    began = against.get(AS_IT_CAME, {})
     falling = loss_trend(evidence.steps).get("falling", False)
     rising = gain.rising if gain else falling
     if signs:
@@ -94,8 +97,10 @@ def judge(evidence: Evidence) -> dict[str, Any]:
     elif not against.get(RANDOM):
         state, rising = NOT_JUDGED, falling
         text = _without_labels(evidence)
+    elif began and not any(found.word == "better" for found in began.values()):
+        state, text = NOT_JUDGED if _unknown(began) else NOTHING_ADDED, _added(began, evidence.judged)
     elif not any(found.word == "better" for found in against[RANDOM].values()):
-        unknown = all(found.word == "level" and found.high > _TOO_WIDE for found in against[RANDOM].values())
+        unknown = _unknown(against[RANDOM])
         state, rising = NOT_JUDGED if unknown else NO_BETTER, falling
         few = f"{counted(evidence.judged, 'judged photo')} are too few to tell: " if unknown else ""
         text = f"{few}{_in_words(against, (RANDOM,), evidence.judged)}. {_of_the_loss(evidence.steps)}"
@@ -103,7 +108,8 @@ def judge(evidence: Evidence) -> dict[str, Any]:
         passed = all(found.word == "better" for kinds in against.values() for found in kinds.values())
         complete = RAW in against and all(len(kinds) == 2 for kinds in against.values())
         state = LEARNED if passed and complete else STILL_LEARNING if rising else IN_PART
-        text = _in_words(against, tuple(against), evidence.judged)
+        text = _in_words(against, tuple(mark for mark in against if mark != AS_IT_CAME), evidence.judged)
+        text += f". {_added(began, evidence.judged)}" if began else ""
     more = 2 * evidence.epochs if rising and state != COLLAPSED else None
     text = f"{state}: {text.rstrip('. ')}." + (f" {_more_epochs(evidence.epochs, more, gain)}" if more else "")
     return {
@@ -223,6 +229,24 @@ def _in_words(against: Mapping[str, Mapping[str, Difference]], marks: Sequence[s
     if any("level" in words for words in groups):
         text += f" (level: no farther apart than chance on {counted(judged, 'photo')})"
     return text
+
+
+def _unknown(kinds: Mapping[str, Difference]) -> bool:
+    """Whether the judged photos are too few to tell."""
+    return all(found.word == "level" and found.high > _TOO_WIDE for found in kinds.values())
+
+
+def _added(began: Mapping[str, Difference], judged: int) -> str:
+    """What pre-training has made of the weights that the run began with: the measure of whether it was worth it."""
+    names, level = {"knn": "nearest neighbours", "linear": "the linear probe"}, f"chance on {counted(judged, 'photo')}"
+    parts = []
+    for kind, found in began.items():
+        word = f"no more than {level}" if found.word == "level" else found.word
+        parts.append(f"{found.points:+.1f} points in {names[kind]} ({found.low:+.1f} to {found.high:+.1f}: {word})")
+    words = {found.word for found in began.values()}
+    whole = "added to the weights as they came" if "better" in words else "added nothing to the weights as they came"
+    harmed = "; use them as they are, or lower optim.lr and optim.backbone_lr" if words == {"worse"} else ""
+    return f"Pre-training {whole}: {' and '.join(parts)}{harmed}"
 
 
 def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ A run's ``checkpoints/`` holds::
     last.pt                     the newest of them: a second name of the same file
     last.safetensors            the backbone alone, for ``fastssl.load_backbone``
     last-teacher.safetensors    the teacher's, where the method has one
+    initial.safetensors         the weights that the run began with, where they were given
     epoch-0050.pt, ...          milestones, where the recipe asks for them, with ``epoch-0050.safetensors`` (and
                                 ``-teacher``): never deleted
 
@@ -38,7 +39,7 @@ from fastssl.utils.digest import digest
 
 #: raised when the layout of last.pt changes; 1 had no digest
 VERSION, READABLE = 2, (1, 2)
-LAST = "last.pt"
+LAST, INITIAL = "last.pt", "initial.safetensors"
 
 
 class DamagedCheckpoint(FastSSLError):

@@ -20,7 +20,7 @@ from fastssl.config.recipe import Recipe, build_recipe, recipe_to_dict
 from fastssl.config.resolved import differences
 from fastssl.distributed.world import Launch
 from fastssl.errors import FastSSLError, counted
-from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
+from fastssl.runs.checkpoint import INITIAL, LAST, find_checkpoint, load_checkpoint, set_aside
 from fastssl.runs.metrics_file import MetricsFile
 from fastssl.runs.nonfinite import BAD_STEPS
 from fastssl.runs.status import read_status
@@ -28,13 +28,12 @@ from fastssl.utils.atomic_files import link_atomically, remove_unfinished, write
 from fastssl.utils.yaml_file import read_yaml
 
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
-_CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside")
+_CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside", INITIAL)
 #: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
 #: compile, graph: round differently, as another machine does. next_mark: in the records of older versions.
 _OF_TRAIN = ("compile", "graph", "log_every", "checkpoint_minutes", "keep_last", "milestone_epochs", "skip_nonfinite")
-_FREE = {"data.name", "data.val_photos", "val", "probe", "full_samples", "full_recipe", "next_mark"} | {
-    f"train.{key}" for key in (*_OF_TRAIN, "on_bad")
-}
+_FREE = {"data.name", "data.val_photos", "val", "probe", "full_samples", "full_recipe", "next_mark", "init_from.name"}
+_FREE |= {f"train.{key}" for key in (*_OF_TRAIN, "on_bad")}
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
 

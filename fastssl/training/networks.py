@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe
 from fastssl.errors import FastSSLError
+from fastssl.evaluate.trained import Trained
 from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Views
-from fastssl.models.backbones import create_backbone, require_sizes, resolve_arch
+from fastssl.models.backbones import create_backbone, plain_arch, require_sizes
 from fastssl.pipelines.plan.multicrop import MultiCrop
 
 
-def initial_backbone(recipe: Recipe, seed: int, say: Callable[[str], None] = lambda text: None) -> nn.Module:
+def initial_backbone(
+    recipe: Recipe, seed: int, say: Callable[[str], None] = lambda text: None, init: Trained | None = None
+) -> nn.Module:
     """The backbone as a run with this seed begins with it, on the CPU: the same weights at every call.
 
     Args:
+        init: whose weights it begins with; None: random ones.
         say: is told which settings of the recipe change nothing in this network. A recipe may be for other networks,
             too: that is no warning.
 
     Raises:
-        FastSSLError: no such network, a name with the tag of weights, or a size of views or probe that the network does
-            not take.
+        FastSSLError: no such network, ``init`` of another, or a size of views or probe that the network does not take.
     """
-    resolve_arch(recipe.arch)  # refuses the tag of weights, which would not be used
     torch.manual_seed(seed)
-    backbone = create_backbone(
-        recipe.arch, drop_path=recipe.drop_path, init=recipe.init, zero_init_residual=recipe.zero_init_residual, say=say
-    )
+    first: dict[str, Any] = {"init": recipe.init, "zero_init_residual": recipe.zero_init_residual}
+    if init is not None:
+        if init.arch != plain_arch(recipe.arch):
+            raise FastSSLError(f"the weights {init.name} are those of {init.arch}, not of {recipe.arch}")
+        if first != {"init": "timm", "zero_init_residual": False}:
+            say(f"init and zero_init_residual change nothing: the run begins with {init.name}")
+        first = {}
+    backbone = create_backbone(recipe.arch, drop_path=recipe.drop_path, say=say, **first)
+    if init is not None:
+        backbone.load_state_dict(init.backbone.state_dict())
     require_sizes(backbone, recipe.arch, picture_sizes(recipe))
     return backbone
 
 
 def new_method(
-    recipe: Recipe, seed: int, batch_size: int, ranks: int, say: Callable[[str], None] = lambda text: None
+    recipe: Recipe,
+    seed: int,
+    batch_size: int,
+    ranks: int,
+    say: Callable[[str], None] = lambda text: None,
+    init: Trained | None = None,
 ) -> Method:
     """The recipe's method as a run begins with it, on the CPU, for ``batch_size`` samples a step on each rank.
 
@@ -48,7 +62,7 @@ def new_method(
     """
     kind: Callable[..., Method] = METHODS[recipe.method][0]
     views = Views(batch_size, recipe.pair_weights, ranks)
-    backbone = initial_backbone(recipe, seed, say)
+    backbone = initial_backbone(recipe, seed, say, init)
     try:
         return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(seed))
     except ValueError as error:

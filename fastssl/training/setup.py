@@ -17,14 +17,16 @@ from fastssl.distributed.devices import use_amp
 from fastssl.distributed.world import World, first_of_host_speaks, launch_from_environment
 from fastssl.errors import FastSSLError, counted, without_folders
 from fastssl.evaluate.online_probe import match_classes
-from fastssl.models.backbones import resolve_arch
+from fastssl.evaluate.session import weights_fingerprint
+from fastssl.evaluate.trained import Trained
+from fastssl.models.backbones import plain_arch, save_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.verify import verify
 from fastssl.pipelines.engines.registry import require_engine
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.order import steps_per_epoch
-from fastssl.runs.checkpoint import Position, restore
+from fastssl.runs.checkpoint import INITIAL, Position, restore
 from fastssl.runs.folder import RunFolder
 from fastssl.runs.saver import Saver
 from fastssl.runs.status import RunStatus, State
@@ -61,6 +63,8 @@ class RunOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: ``auto`` (go on if the folder holds a run, from its newest checkpoint that is whole), ``never``, or the
             path of a checkpoint; of the last two only the first start of a launch takes notice (``Launch``).
+        init: the weights that the backbones begin with (``weights.source.initial_weights``); None: random ones. A run
+            that goes on has its own.
         check: compare a compiled or recorded step with the eager one at the start (``TrainStep``).
         command: the call of the command line that this is part of, for the report; folders left out.
     """
@@ -76,6 +80,7 @@ class RunOptions:
     resume: str = "auto"
     command: str | None = None
     check: bool = False
+    init: Trained | None = None
 
 
 @dataclass(eq=False)
@@ -224,7 +229,11 @@ def prepare(
     Raises:
         FastSSLError: what does not go together; processes, or a run in the folder, of other settings.
     """
-    git = describe_git()
+    git, init = describe_git(), options.init
+    if init is None and "." in recipe.arch:
+        raise FastSSLError(f"{recipe.arch}: names weights, which have to be given as RunOptions.init, too")
+    if init is None and recipe.frozen_bn:
+        raise FastSSLError("frozen_bn keeps the statistics of weights: give some with --init-from, or set it to false")
     with first_of_host_speaks():  # all find the same faults, before they first wait for each other
         require_photos(recipe, len(reader), processes=world.size, where=str(reader.path))
         require_engine(options.pipeline, reader, recipe.views)
@@ -236,7 +245,8 @@ def prepare(
                 _require_whole_photos(val, options.workers)
         steps = steps_per_epoch(len(reader), recipe.train.batch_size)
         length, amp = RunLength(recipe.train.epochs * steps, steps), use_amp(recipe.train.amp, device)
-        step = TrainStep(recipe, device, amp=amp, seed=options.seed, world=world, steps=length.total_steps)
+        how: dict[str, Any] = {"seed": options.seed, "world": world, "steps": length.total_steps, "init": init}
+        step = TrainStep(recipe, device, amp=amp, **how)
         step.check, step.say = options.check, progress.note
     if val is not None and reader.labelled and not val.labelled:
         progress.message("the photos of --val have no labels: the probes judge on a held-out fifth of --data")
@@ -276,9 +286,11 @@ def _require_whole_photos(reader: BetonReader, workers: int | None) -> None:
 
 def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: BetonReader | None) -> dict[str, Any]:
     """Every value that the run's numbers depend on."""
+    init = options.init
     return {
         "recipe": options.recipe_name,
-        "arch": resolve_arch(recipe.arch),
+        "arch": plain_arch(recipe.arch),
+        "init_from": init and {"name": init.name, "weights": weights_fingerprint(init.backbone)},
         # Names, not paths: a report is passed on, and the folder it was made in is nobody's business.
         "data": {
             "name": reader.path.name,
@@ -291,6 +303,13 @@ def _resolved(recipe: Recipe, options: RunOptions, reader: BetonReader, val: Bet
         "seed": options.seed,
         **{key: value for key, value in recipe_to_dict(recipe).items() if key != "arch"},
     }
+
+
+def _keep_first(init: Trained | None, path: Path) -> None:
+    """A copy of what the run began with: at a later start the source may be gone."""
+    if init is not None and not path.is_file():
+        about = {"network": "imported", "origin": init.name, **init.normalisation._asdict()}
+        save_backbone(init.backbone, path, arch=init.arch, **about)
 
 
 def _require_same_settings(run: Setup) -> None:
@@ -316,7 +335,8 @@ def _resume(run: Setup) -> None:
         about = {"device": run.device.type, "host": describe_host(), "versions": describe_versions(), "git": run.git}
         try:
             found = run.folder.open(run.config, run.options.resume, about, put_in, launch_from_environment())
-        except FastSSLError as error:
+            _keep_first(run.options.init, run.folder.checkpoints / INITIAL)
+        except (FastSSLError, OSError) as error:
             found = str(error)
     found = broadcast_object(found)
     if isinstance(found, str):

@@ -29,12 +29,13 @@ from fastssl.distributed.collectives import any_rank, average_gradients
 from fastssl.distributed.sync_batchnorm import synchronise_batchnorm
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, counted, is_out_of_memory, without_folders
+from fastssl.evaluate.trained import Trained
 from fastssl.methods.base import Rates
 from fastssl.models.depthwise import use_own_gradient
 from fastssl.models.group_batchnorm import not_compiled, ordinary_batchnorm
 from fastssl.models.pointwise import use_matrix_products
 from fastssl.models.recompute import recompute_blocks
-from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, set_lr
+from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, parameter_groups, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.device_colour import device_colour
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
@@ -65,6 +66,7 @@ class TrainStep:
         record: how a step is recorded for ``train.graph``; tests give another.
         world: which of how many processes this is; the process group is there already.
         steps: of the whole run, for a switch that is ``auto``; 0: unknown, and taken for few.
+        init: the weights that the backbones begin with; None: random ones.
 
     Attributes:
         check: whether the first call compares what it compiled or recorded with the eager step, and goes on without
@@ -97,6 +99,7 @@ class TrainStep:
         record: Recorder = record_cuda_graph,
         world: World = World(),  # noqa: B008 (frozen)
         steps: int = 0,
+        init: Trained | None = None,
     ):
         self.recipe, self.device, self.amp, self.seed, self.world = recipe, device, amp, seed, world
         if device.type == "cpu":
@@ -118,7 +121,7 @@ class TrainStep:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.fallbacks: dict[str, str] = {}
-        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append)
+        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append, init)
         self.method = method.to(device).to(memory_format=torch.channels_last).train()
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
             self.fallbacks["checkpoint"] = reason
@@ -127,7 +130,12 @@ class TrainStep:
             use_matrix_products(self.method)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
-        self.optimizer = create_optimizer(self.method, recipe.optim)
+        if recipe.frozen_bn and not self.method.freeze_batchnorm():
+            self.without_effect.append(f"frozen_bn changes nothing: {recipe.arch} has no BatchNorm")
+        backbone = list(self.method.student.backbone.parameters())
+        self._frozen_first = backbone if recipe.optim.freeze_backbone_epochs else []
+        groups_of = parameter_groups(self.method, recipe.optim, slower=backbone)
+        self.optimizer = create_optimizer(self.method, recipe.optim, groups_of)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
         self.networks: list[nn.Module] = self.method.networks
@@ -181,6 +189,8 @@ class TrainStep:
         if optim.final_weight_decay is not None:
             progress = step / run.total_steps
             found["weight_decay"] = half_cosine(progress, optim.weight_decay, optim.final_weight_decay)
+        if optim.freeze_backbone_epochs:
+            found["backbone_frozen"] = step < optim.freeze_backbone_epochs * run.steps_per_epoch
         return {**found, **self.method.rates(step, run)}
 
     @property
@@ -245,7 +255,7 @@ class TrainStep:
         with self.autocast():
             targets = method.targets(images, noise, rates)
         output = self.parts.backward(images, targets, noise, rates)
-        for parameter in output.frozen:
+        for parameter in (*output.frozen, *(self._frozen_first if rates.get("backbone_frozen") else ())):
             parameter.grad = None
         average_gradients(self._trained)
         self.update(rates)

@@ -29,6 +29,7 @@ from fastssl.models.backbones import (
 )
 from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.utils.suggest import some_names
+from fastssl.weights.efficientnet_names import efficientnet_names
 from fastssl.weights.read import notes_of, read_foreign
 from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, torchvision_names, with_eps
 
@@ -36,7 +37,7 @@ from fastssl.weights.torchvision_names import TIMM_EPS, TWINS, torchvision_names
 #: (begin of the names -> network, the one with the gradient first; what may follow: wrappers around the backbone). The
 #: more particular first: SSLight's begin as those of MoCo and DINO do. Read in the projects' code (SSLight:
 #: src/sslight/model, src/sslight/backbone/layer.py; light-moco: moco/builder.py; DINO: main_dino.py). timm's and
-#: torchvision's are bare state dicts.
+#: torchvision's and efficientnet_pytorch's are bare state dicts.
 LAYOUTS: dict[str, tuple[dict[str, str | None], str]] = {
     "sslight": (
         {
@@ -52,6 +53,7 @@ LAYOUTS: dict[str, tuple[dict[str, str | None], str]] = {
     "dino": ({"student.": "student", "teacher.": "teacher"}, r"(?:module\.)?(?:backbone\.)?"),
     "timm": ({"": None}, ""),
     "torchvision": ({"": None}, ""),
+    "efficientnet": ({"": None}, ""),
 }
 #: what people call the network with the gradient and the one that follows it
 NETWORK = {"student": "student", "query": "student", "teacher": "teacher", "key": "teacher"}
@@ -65,7 +67,8 @@ _OTHERS |= dict.fromkeys(("teacher", "encoder_k"), "the teacher, or key, network
 _HEAD, _NO_PART = "projector or classifier", "not a part of the network"
 #: first parts of names that belong to what stands behind a backbone
 HEADS = frozenset(
-    {"fc", "classifier", "head", "head_dist", "projector", "projection", "predictor", "prototypes", "mlp", "last_layer"}
+    ("fc", "_fc", "classifier", "head", "head_dist", "last_layer")
+    + ("projector", "projection", "predictor", "prototypes", "mlp")
 )
 #: SSLight wraps torchvision's ResNets in a Sequential, which numbers the layers; 2 and 3 are the activation and the
 #: pooling.
@@ -96,7 +99,7 @@ class Matched:
         arch: timm name.
         layout: of the file.
         network: ``student``, ``teacher``, or None where the file holds only one.
-        names: whose names the tensors had: ``timm``, ``torchvision`` or ``sslight``.
+        names: whose names the tensors had: ``timm``, ``torchvision``, ``sslight`` or ``efficientnet``.
         taken: tensors that were in the file.
         counters: how many were not, because they only count batches: evaluation never reads them, and they begin at 0.
         eps: of the BatchNorms there, if it was another than here and the weights were scaled for it; or None.
@@ -131,7 +134,7 @@ def import_backbone(
         FastSSLError: see ``read_foreign``, ``find_network`` and ``match``; or something at ``destination`` that was not
             imported.
     """
-    arch = resolve_arch(arch, tags=True)
+    arch = resolve_arch(arch)
     if destination.suffix != ".safetensors":
         raise FastSSLError(f"{destination}: an imported backbone is a .safetensors file: end its name so")
     if not destination.parent.is_dir():
@@ -142,18 +145,30 @@ def import_backbone(
     if not replaceable:
         left_alone = "it is left alone: choose another name or remove it"
         raise FastSSLError(f"{destination}: exists and was not imported; {left_alone}")
-    found = find_network(source, read_foreign(source), layout=layout, which=which)
-    backbone = create_backbone(arch)
-    matched = match(source, found, arch, backbone)
-    notes = notes_of(source)
-    told = {name: _parsed(notes[name]) for name in Normalisation._fields if name in notes and name not in seen}
-    view = ViewSpec(**{**normalisation_of({"views": [told]})._asdict(), **seen})
-    origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": found.network or "the only one"}
+    tensors = read_foreign(source)
+    backbone, matched, view = foreign_backbone(source, tensors, arch, layout=layout, which=which, **seen)
+    which = matched.network or "the only one"
+    origin = {"origin": source.name, "origin_layout": matched.layout, "origin_network": which}
     try:
         save_backbone(backbone, destination, arch=arch, network="imported", mean=view.mean, std=view.std, **origin)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise FastSSLError(f"{destination}: not written ({error})") from error
     return matched
+
+
+def foreign_backbone(
+    source: Path, tensors: dict[str, Tensor], arch: str, *, layout: str = "auto", which: str | None = None, **seen: Any
+) -> tuple[nn.Module, Matched, Normalisation]:
+    """(backbone, what was taken from where, how its pictures are normalised) of the ``tensors`` of ``source``; see
+    ``import_backbone``.
+    """
+    found = find_network(source, tensors, layout=layout, which=which)
+    backbone = create_backbone(arch)
+    matched = match(source, found, arch, backbone)
+    notes = notes_of(source)
+    told = {name: _parsed(notes[name]) for name in Normalisation._fields if name in notes and name not in seen}
+    view = ViewSpec(**{**normalisation_of({"views": [told]})._asdict(), **seen})
+    return backbone, matched, Normalisation(view.mean, view.std)
 
 
 def _parsed(text: Any) -> Any:
@@ -187,7 +202,8 @@ def find_network(path: Path, tensors: dict[str, Tensor], *, layout: str = "auto"
         # Of DINO's two networks each is a dict of its own, and in no container.
         known = ("sslight", "moco", "dino") if container == "state_dict." else ("moco", "dino")
         fitting = [one for one in known if any(name.startswith(tuple(LAYOUTS[one][0])) for name in inside)]
-        layouts = tuple(fitting[:1]) or ("timm", "torchvision")
+        bare = ("efficientnet",) if any(name.startswith("_blocks.") for name in inside) else ("timm", "torchvision")
+        layouts = tuple(fitting[:1]) or bare
     roots, inner = LAYOUTS[layouts[0]]
     there = [root for root in roots if any(name.startswith(root) for name in inside)]
     if not there:
@@ -276,7 +292,7 @@ def match(path: Path, found: Found, arch: str, backbone: nn.Module) -> Matched:
         raise FastSSLError(
             f"{path}: {some_names(broken, 'tensors with NaN or infinite values')}: no network that computes anything"
         )
-    eps = TWINS[arch].eps if names != "timm" and TWINS[arch].eps != TIMM_EPS else None
+    eps = TWINS[arch].eps if names in ("torchvision", "sslight") and TWINS[arch].eps != TIMM_EPS else None
     if eps is not None:
         tensors = with_eps(tensors, eps, TIMM_EPS)
     backbone.load_state_dict(tensors, strict=True)
@@ -296,11 +312,12 @@ def _tables(found: Found, arch: str, wanted: dict[str, Tensor]) -> dict[str, dic
         if "conv1.weight" in torchvision:
             parts = {ours: theirs.partition(".") for ours, theirs in torchvision.items()}
             tables["sslight"] = {ours: f"{_NUMBERED[layer]}.{rest}" for ours, (layer, _, rest) in parts.items()}
+    tables["efficientnet"] = efficientnet_names(wanted)
     usable: tuple[str, ...] = ("timm", "torchvision")
     if found.layouts == ("sslight",):
         # Its vision transformers are named as timm's are, its other networks number what torchvision names.
         usable = ("sslight" if arch in TWINS else "timm",)
-    elif found.layouts in (("timm",), ("torchvision",)):
+    elif found.layouts in (("timm",), ("torchvision",), ("efficientnet",)):
         usable = found.layouts
     return {name: tables[name] for name in usable if name in tables}
 

@@ -32,6 +32,10 @@ HARMLESS = (argparse.Namespace, *_SETTINGS)
 DEEPEST, MOST = 32, 1_000_000
 
 
+class OwnCheckpoint(FastSSLError):
+    """A checkpoint that fastssl wrote."""
+
+
 def read_foreign(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU: nested dicts become names with dots, and what is not a tensor or stands
     in a list is left out.
@@ -40,14 +44,15 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         path: what ``torch.save`` wrote, whatever its ending, or a ``.safetensors`` file.
 
     Raises:
-        FastSSLError: no such file, damaged, written by fastssl, without tensors, in need of classes that reading would
+        OwnCheckpoint: written by fastssl.
+        FastSSLError: no such file, damaged, without tensors, in need of classes that reading would
             have to trust, with two tensors that have the same name, or with dicts that have no end.
     """
     if not path.is_file():
         raise FastSSLError(f"{path}: no such file")
     content, ours = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if ours:
-        raise FastSSLError(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
+        raise OwnCheckpoint(f"{path}: is a checkpoint of fastssl, which every command takes as it is")
     found: dict[str, tuple[tuple[str, ...], Tensor]] = {}
     waiting: list[tuple[tuple[str, ...], object]] = [((), content)]  # (keys of the dicts on the way, value)
     left = MOST

@@ -14,7 +14,7 @@ import torch
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.methods import METHODS
-from fastssl.models.backbones import load_backbone
+from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
 from fastssl.training import trainer
 from fastssl.training.setup import Setup
 
@@ -51,8 +51,13 @@ def command(name: str, beton: Path, out: Path) -> list[str]:
         overrides.append("moco.split_bn=2")
     if recipe.method == "moco" and recipe.moco.split_bn_queries > 1:
         overrides.append("moco.split_bn_queries=2")
+    first = []
+    if recipe.frozen_bn:  # of weights: here a network's own, of the first step
+        save_backbone(create_backbone(recipe.arch), weights := out.with_name("first.safetensors"), arch=recipe.arch)
+        first = ["--init-from", str(weights)]
     found = [
         "pretrain",
+        *first,
         "--arch",
         recipe.arch,
         "--recipe",

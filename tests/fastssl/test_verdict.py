@@ -12,7 +12,7 @@ import pytest
 from fastssl.report.verdict import Evidence, collapse_signs, difference, expected_gain, judge, loss_trend
 
 NAMES = {"majority": "most frequent class", "raw": "raw pixels (16x16)", "colours": "colour histogram"}
-NAMES |= {"random": "random initialisation", "trained": "after pre-training"}
+NAMES |= {"random": "random initialisation", "trained": "after pre-training", "came": "as it came"}
 HEALTHY = {"effective_rank": 90.0, "feature_std": 0.8}
 
 
@@ -62,6 +62,25 @@ def test_one_mark_that_is_no_farther_off_than_chance_is_enough_against_learned(m
     assert judge(evidence(curve=FLAT, **{mark: tuple(figures)}))["state"] == "learned in part"
     figures[kind] -= 6
     assert judge(evidence(curve=FLAT, **{mark: tuple(figures)}))["state"] == "learned"
+
+
+def test_of_a_run_that_began_with_weights_these_are_the_mark() -> None:
+    better = judge(evidence((60.0, 70.0), curve=FLAT, came=(50.0, 69.0)))
+    assert better["state"] == "learned in part"  # level in the linear probe
+    assert "better than raw pixels, colour histogram and random initialisation in" in better["text"]
+    found = better["against"]["as it came"]["knn"]
+    assert (
+        f"Pre-training added to the weights as they came: +10.0 points in nearest neighbours ({found['low']:+.1f} to "
+        f"{found['high']:+.1f}: better) and +1.0 points in the linear probe (" in better["text"]
+    )
+    assert "no more than chance on 1,000 photos)" in better["text"]
+    assert judge(evidence((60.0, 70.0), curve=FLAT, came=(50.0, 60.0)))["state"] == "learned"
+    level = judge(evidence((60.0, 70.0), curve=FLAT, came=(59.0, 71.0)))
+    assert level["state"] == "nothing added" and "added nothing to the weights as they came: +1.0" in level["text"]
+    worse = judge(evidence((60.0, 70.0), curve=FLAT, came=(70.0, 80.0)))
+    assert worse["state"] == "nothing added" and "use them as they are, or lower optim.lr" in worse["text"]
+    collapsed = judge(evidence(features={"effective_rank": 1.1, "feature_std": 0.8}, came=(50.0, 60.0)))
+    assert collapsed["state"] == "collapsed"
 
 
 def test_a_small_judging_set_tells_less() -> None:
