@@ -123,8 +123,9 @@ class TrainStep:
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
             self.fallbacks["checkpoint"] = reason
         if device.type == "cpu":
-            use_own_gradient(self.method)
-            use_matrix_products(self.method)
+            for network in self.method.networks:
+                use_own_gradient(network)
+                use_matrix_products(network)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
         self.optimizer = create_optimizer(self.method, recipe.optim)
