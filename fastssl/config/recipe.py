@@ -14,8 +14,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods import METHODS, DINOConfig, DistillConfig, MoCoConfig, SimCLRConfig, SwAVConfig
+from fastssl.methods import METHODS, DINOConfig, MoCoConfig, SimCLRConfig, SwAVConfig
 from fastssl.methods.base import MethodConfig
+from fastssl.methods.distill import DistillConfig
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop
@@ -145,8 +146,8 @@ class Recipe:
 
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
-        method: ``moco``, ``dino``, ``swav``, ``simclr`` or ``distill``; its numbers stand in the section of that name, and no other
-            section may be given.
+        method: ``moco``, ``dino``, ``swav``, ``simclr`` or ``distill``; its numbers stand in the section of that name,
+            and no other section may be given.
         init: ``timm`` (what the network's definition there does) or ``kaiming`` (``models.backbones.kaiming_init``).
         zero_init_residual: begin with every residual block as the identity
             (``models.backbones.zero_residual_branches``).

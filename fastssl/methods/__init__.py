@@ -16,16 +16,4 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "distill": (Distill, DistillConfig),
 }
 
-__all__ = [
-    "DINO",
-    "METHODS",
-    "DINOConfig",
-    "Distill",
-    "DistillConfig",
-    "MoCo",
-    "MoCoConfig",
-    "SimCLR",
-    "SimCLRConfig",
-    "SwAV",
-    "SwAVConfig",
-]
+__all__ = ["DINO", "METHODS", "DINOConfig", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "SwAV", "SwAVConfig"]

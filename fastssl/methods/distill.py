@@ -1,23 +1,21 @@
 """Distillation: a student learns from a teacher that was trained before and stands still, of any width and input size.
 
-Sources: SEED (Fang et al., arXiv 2101.04731) for ``similarity``; for ``smoothed`` light-moco's target (arXiv
-2212.07158), with the teacher's embedding in the place of the key; for ``features`` the squared distance of unit vectors
-behind a head, as in DisCo (Gao et al., arXiv 2104.09124). That both see the same crop is from Beyer et al., "Knowledge
-distillation: A good teacher is patient and consistent", arXiv 2106.05237.
-
     s_v = head(student(x_v)),  t_g = teacher(x_g), both of unit length       g in the two global views, no gradient
     pair(g, v)   similarity: cross-entropy of softmax(s_v.[t_g; queue] / tau_s) and softmax(t_g.[t_g; queue] / tau_t)
                  smoothed:   smoothed InfoNCE, t_g the positive, the queue the negatives
                  features:   |s_v - t_g|^2
     loss         reduce( mean of pair(g, g), mean over the local views v of pair(g, v) )
     after the step  the teacher's embeddings enter the queue
+
+Sources: SEED (Fang et al., arXiv 2101.04731), ``similarity``; light-moco (arXiv 2212.07158), the smoothed target; DisCo
+(Gao et al., arXiv 2104.09124), the distance of unit vectors; Beyer et al. (arXiv 2106.05237): both see the same crop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -42,17 +40,15 @@ class DistillConfig(SmoothedConfig):
     """The method's own numbers.
 
     Attributes:
-        teacher: whose weights: a run's folder, a file, or a timm name with its tag; it has to be named.
-        teacher_size: pixels to which the views are scaled for the teacher, on the device; None: as the student sees
-            them.
+        teacher: whose weights, see ``weights.source.load_weights``; to be named.
+        teacher_size: pixels to which the views are scaled for it, on the device; None: as the student sees them.
         loss: ``similarity``, ``smoothed`` or ``features``.
         temperature: tau_s. teacher_temperature: tau_t, read by ``similarity`` only.
         smoothing, weighting, neighbors, smoothing_schedule, smoothing_warm_epochs: read by ``smoothed`` only.
-        queue: number of the teacher's embeddings that are kept, a multiple of twice the batch; not read by
-            ``features``.
-        cache_epochs: the epochs share the views of that many, which the teacher sees once, before the first step
-            (``training.teacher_cache``); 0: new views every epoch, which the teacher sees as they come.
-        head: the MLP between the student's features and the embedding, which is as wide as the teacher's.
+        queue: how many of the teacher's embeddings are kept, a multiple of twice the batch; not read by ``features``.
+        cache_epochs: epochs share the views of that many, which the teacher sees once, before the first step
+            (``training.teacher``); 0: new ones every epoch, which it sees as they come.
+        head: the MLP from the student's features to the embedding, which is as wide as the teacher's.
     """
 
     teacher: str | None = None
@@ -67,6 +63,10 @@ class DistillConfig(SmoothedConfig):
     BATCH_KEY = "distill.queue"
 
     @property
+    def view_epochs(self) -> int | None:
+        return self.cache_epochs or None
+
+    @property
     def largest_batch(self) -> int | None:
         return None if self.loss == "features" else self.queue // 2
 
@@ -78,43 +78,27 @@ class DistillConfig(SmoothedConfig):
 
 
 class FrozenTeacher(nn.Module):
-    """A trained backbone in evaluation mode, which no ``train()`` of what holds it changes: views as the student gets
-    them (N, 3, S, S) -> unit vectors (N, F), float32.
+    """A trained backbone in evaluation mode: views as the student gets them (N, 3, S, S) -> unit vectors (N, F),
+    float32.
 
     Args:
         backbone: images -> features. about: who it is, for the records of a run.
         size: to which the views are scaled, in pixels; None: not at all.
-        given, seen: how the views are normalised; how the pictures were that the teacher was trained on.
+        given, seen: how the views are normalised; how the pictures were that it was trained on.
     """
 
-    scale: Tensor
-    shift: Tensor
-
     def __init__(
-        self,
-        backbone: nn.Module,
-        *,
-        size: int | None,
-        given: Normalisation,
-        seen: Normalisation,
-        about: Mapping[str, str] | None = None,
+        self, backbone: nn.Module, size: int | None, *, given: Normalisation, seen: Normalisation, about: dict[str, str]
     ):
         super().__init__()
-        self.backbone, self.size, self.about = backbone.requires_grad_(False), size, dict(about or {})
+        self.backbone, self.size, self.about, self.width = backbone, size, about, feature_dim(backbone)
         mean, std, own_mean, own_std = (torch.tensor(part).view(3, 1, 1) for part in (*given, *seen))
-        self.normalises = given != seen
-        self.register_buffer("scale", std / own_std)
-        self.register_buffer("shift", (mean - own_mean) / own_std)
-        self.eval()
-
-    @property
-    def width(self) -> int:
-        """F."""
-        return feature_dim(self.backbone)
+        self.change = nn.ParameterList([std / own_std, (mean - own_mean) / own_std] if given != seen else [])
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.normalises:
-            images = images * self.scale + self.shift
+        if self.change:
+            images = images * self.change[0] + self.change[1]
         if self.size not in (None, images.shape[-1]):
             smaller = images.shape[-1] > self.size
             images = functional.interpolate(images, (self.size, self.size), mode="bilinear", antialias=smaller)
@@ -128,7 +112,7 @@ class Distill(Queued, Method):
     METRICS: also ``teacher_cosine``, of student and teacher for the same view: 1 where they are equal.
 
     Args:
-        teacher: stands still. generator: draws the queue's first content; on the CPU.
+        generator: draws the queue's first content; on the CPU.
 
     Raises:
         ValueError: the batch does not fit the queue.
@@ -146,22 +130,16 @@ class Distill(Queued, Method):
         teacher: FrozenTeacher,
         generator: torch.Generator | None = None,
     ):
-        self.config = config
-        self._frozen = (teacher,)  # nn.Module does not register a tuple: it is no part of the state
+        self.config, self._frozen = config, (teacher,)  # a tuple is not registered: no part of the state
         super().__init__(new_encoder(backbone, ProjectorConfig(**asdict(config.head), out=teacher.width)), views)
         self.criterion = SmoothedInfoNCE(**config.target)
-        if config.loss == "features":
-            return
-        if config.queue % (2 * views.global_batch):
-            raise ValueError(
-                f"distill.queue={config.queue} must be a multiple of twice the batch size ({2 * views.global_batch})"
-            )
-        if config.loss == "smoothed" and config.queue < config.sharing:
-            raise ValueError(
-                f"distill.queue={config.queue} holds fewer embeddings than the {config.sharing} neighbours that share "
-                "the smoothing"
-            )
-        self.begin_queue(config.queue, teacher.width, generator)
+        if not config.allows(views.global_batch):
+            twice = 2 * views.global_batch
+            raise ValueError(f"distill.queue={config.queue} must be a multiple of twice the batch size ({twice})")
+        if config.loss == "smoothed" and config.smoothing:
+            self.criterion.require_negatives(config.queue)
+        if config.loss != "features":
+            self.begin_queue(config.queue, teacher.width, generator)
 
     @property
     def frozen(self) -> FrozenTeacher:
@@ -170,15 +148,13 @@ class Distill(Queued, Method):
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The student, and the teacher unless all that it says is known before."""
-        return [self.student] if self.config.cache_epochs else [self.student, self.frozen]
+        return [self.student, self.frozen]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distill:
-        """``to`` and the like move the teacher, too, where a step needs it."""
-        for network in self.networks[1:]:
-            network._apply(fn)
-        found: Distill = super()._apply(fn, recurse)
-        return found
+        """``to`` and the like also move the teacher."""
+        self.frozen._apply(fn)
+        super()._apply(fn, recurse)
+        return self
 
     def synchronise(self, convert: Callable[[nn.Module], object]) -> None:
         convert(self.student)
@@ -199,33 +175,26 @@ class Distill(Queued, Method):
         return keys, *neighbours_mean(keys, self.queue, self.config.teacher_temperature)
 
     def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        own, local = len(targets[0]), self.views.weights.local_views
-        gl = None
+        own, local, smoothing = len(targets[0]), self.views.weights.local_views, rates.get("smoothing", 0.0)
+
+        def pair(queries: Tensor, key: Tensor, mean: Tensor | None = None, *_: Tensor) -> Tensor:
+            if mean is not None:
+                return similarity_loss(queries, key, mean, self.queue, self.config.temperature)
+            if self.config.loss == "smoothed":
+                return self.criterion(queries, key, self.queue, smoothing)
+            return (queries - key).square().sum(1).mean()
+
+        gl, entropy = None, targets[2].mean() if len(targets) > 1 else 0.0
         if local:
-            of_view = [tuple(rows.chunk(2)[g] for rows in targets) for g in range(2)]
-            repeated = [tuple(torch.cat([rows] * local) for rows in target) for target in of_view]
-            gl = torch.stack([self.pairs(embeddings[own:], target, rates) for target in repeated]).mean()
-        loss = reduce_pairs(self.pairs(embeddings[:own], targets, rates), gl, self.views.weights)
-        with torch.no_grad():
-            first, second = embeddings[:own].detach().chunk(2)
-            cosine = (embeddings[:own] * targets[0]).sum(1).mean()
-        return StepOutput(loss, self._entropy(targets, rates), (first, second), (cosine,))
-
-    def pairs(self, queries: Tensor, target: tuple[Tensor, ...], rates: Rates) -> Tensor:
-        """Mean loss of the students' embeddings (N, F) against the targets of the same N views."""
-        config = self.config
-        if config.loss == "features":
-            return (queries - target[0]).square().sum(1).mean()
-        if config.loss == "smoothed":
-            return self.criterion(queries, target[0], self.queue, rates.get("smoothing", 0.0))
-        return similarity_loss(queries, target[0], target[1], self.queue, config.temperature)
-
-    def _entropy(self, targets: tuple[Tensor, ...], rates: Rates) -> Tensor | float:
-        if self.config.loss == "similarity":
-            return targets[2].mean()
-        if self.config.loss == "features":
-            return 0.0
-        return self.criterion.target_entropy(rates.get("smoothing", 0.0), negatives=len(self.queue))
+            of_view = zip(*(rows.chunk(2) for rows in targets))
+            each = [pair(embeddings[own:], *(torch.cat([rows] * local) for rows in target)) for target in of_view]
+            gl = torch.stack(each).mean()
+        loss = reduce_pairs(pair(embeddings[:own], *targets), gl, self.views.weights)
+        if self.config.loss == "smoothed":
+            entropy = self.criterion.target_entropy(smoothing, negatives=len(self.queue))
+        first, second = embeddings[:own].detach().chunk(2)
+        cosine = (embeddings[:own].detach() * targets[0]).sum(1).mean()
+        return StepOutput(loss, entropy, (first, second), (cosine,))
 
     @torch.no_grad()
     def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
