@@ -46,7 +46,9 @@ def dense_smoothed_infonce(
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
-def dense_similarity(query: Tensor, key: Tensor, queue: Tensor, student: float, teacher: float) -> tuple[Tensor, Tensor]:
+def dense_similarity(
+    query: Tensor, key: Tensor, queue: Tensor, student: float, teacher: float
+) -> tuple[Tensor, Tensor]:
     """SEED's mean loss, differentiable in ``query``, and the mean entropy of its target: (B, D), (B, D), (K, D) ->
     scalars of the inputs' dtype. ``student``, ``teacher``: their temperatures.
     """

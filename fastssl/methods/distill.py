@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.distributed.collectives import gather_views
+from fastssl.distributed.collectives import all_reduce_mean, gather_views
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
 from fastssl.losses.similarity import neighbours_mean, similarity_loss
@@ -32,7 +32,10 @@ from fastssl.models.backbones import feature_dim
 from fastssl.models.heads import HeadConfig, ProjectorConfig, at_least_float32
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.plan.draw import Normalisation
-from fastssl.utils.settings import Count, Natural, Positive, Whole, settings
+from fastssl.utils.settings import Count, Natural, Positive, Switch, Whole, settings
+
+#: Variance of a feature that is standardised, next to which a smaller one is none; 1: of an even share of the length.
+_LEAST = 1e-3
 
 
 @settings("distill")
@@ -45,6 +48,8 @@ class DistillConfig(SmoothedConfig):
         loss: ``similarity``, ``smoothed`` or ``features``.
         temperature: tau_s. teacher_temperature: tau_t, read by ``similarity`` only.
         smoothing, weighting, neighbors, smoothing_schedule, smoothing_warm_epochs: read by ``smoothed`` only.
+        standardise: the teacher's features get mean 0 and deviation 1 over a batch, as behind a BatchNorm; without it
+            what they all have in common is most of them. From Miles and Mikolajczyk, arXiv 2303.11098.
         queue: how many of the teacher's embeddings are kept, a multiple of twice the batch; not read by ``features``.
         cache_epochs: epochs share the views of that many, which the teacher sees once, before the first step
             (``training.teacher``); 0: new ones every epoch, which it sees as they come.
@@ -56,6 +61,7 @@ class DistillConfig(SmoothedConfig):
     loss: Literal["similarity", "smoothed", "features"] = "similarity"
     temperature: Positive = 0.2
     teacher_temperature: Positive = 0.01
+    standardise: Switch = False
     queue: Count = 65536
     cache_epochs: Natural = 0
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -170,6 +176,10 @@ class Distill(Queued, Method):
         keys = noise.get("teacher")
         if keys is None:
             keys = self._computing[1](images[0][: self.teacher_views * self.views.batch_size])
+        if self.config.standardise:
+            keys = keys - all_reduce_mean(keys.mean(0))
+            spread = all_reduce_mean(keys.square().mean(0)) + _LEAST / keys.shape[1]
+            keys = functional.normalize(keys * spread.rsqrt(), dim=1)
         if self.config.loss != "similarity":
             return (keys,)
         return keys, *neighbours_mean(keys, self.queue, self.config.teacher_temperature)

@@ -4,9 +4,10 @@ Every view is a function of (seed, epoch, sample, view). With ``distill.cache_ep
 e mod N, in an order of its own. The teacher sees those of N epochs before the first step and none after it; another run
 with the same teacher, views, seed and photos, of any student, finds what it said.
 
-A file for each view epoch, ``KEY-EPOCH.features``, has a record for each sample: (2, F) float16 of its global views and
-a CRC-32. They lie beside the photos in ``NAME.beton.teacher/``; in the run's folder where the photos are several files
-or theirs cannot be written. KEY is a digest of all that decides the numbers.
+A file for each view epoch, ``KEY-EPOCH.features``, has a record for each sample: (2, F) of its global views, in float32
+or, where the teacher computes in bfloat16, in float16, and a CRC-32. They lie beside the photos in
+``NAME.beton.teacher/``; in the run's folder where the photos are several files or theirs cannot be written. KEY is a
+digest of all that decides the numbers.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ class TeacherCache:
     """``cache(epoch, samples)``: what the teacher says of them.
 
     Args:
-        files: of view epochs 0, 1, ... samples, width: N and F.
+        files: of view epochs 0, 1, ... samples: N. record: what a file has of each.
 
     Raises:
         FastSSLError: a file is missing or of another size.
     """
 
-    def __init__(self, files: Sequence[Path], samples: int, width: int):
-        self.files, record = files, _record(width)
+    def __init__(self, files: Sequence[Path], samples: int, record: np.dtype[np.void]):
+        self.files = files
         for path in files:
             if not path.is_file():
                 raise FastSSLError(f"{path}: not there; all processes need the photos (or --out) on one shared disk")
@@ -89,16 +90,18 @@ class TeacherCache:
             if row["crc"] != _crc(row["features"], sample):
                 where = f"{self.files[number]}: damaged at sample {sample:,}"
                 raise FastSSLError(f"{where}; delete it, and it is computed again")
-        found = rows["features"].swapaxes(0, 1).reshape(2 * len(samples), -1).astype(np.float32)
-        unit: NDArray[np.float32] = found / np.linalg.norm(found, axis=1, keepdims=True)
+        found = rows["features"].swapaxes(0, 1).reshape(2 * len(samples), -1)
+        unit: NDArray[np.float32] = found.astype(np.float32)
+        if found.dtype == np.float16:  # what was rounded is no longer of unit length
+            unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         return unit
 
 
-def _record(width: int) -> np.dtype[np.void]:
-    return np.dtype([("features", "<f2", (2, width)), ("crc", "<u4")])
+def _record(width: int, half: bool) -> np.dtype[np.void]:
+    return np.dtype([("features", "<f2" if half else "<f4", (2, width)), ("crc", "<u4")])
 
 
-def _crc(features: NDArray[np.float16], sample: int) -> int:
+def _crc(features: NDArray[np.floating], sample: int) -> int:
     return zlib.crc32(features.tobytes(), sample & 0xFFFFFFFF)
 
 
@@ -110,6 +113,7 @@ def open_cache(run: Setup) -> TeacherCache:
     """
     method, reader = run.step.method, run.reader
     assert isinstance(method, Distill)
+    record = _record(method.frozen.width, run.step.amp)
     views = list(run.recipe.views)[: 1 if run.recipe.views[0].count == 2 else 2]
     decides = {"seed": run.options.seed, "bfloat16": run.step.amp, "views": [asdict(spec) for spec in views]}
     data = {name: run.config["data"][name] for name in ("samples", "tables", "photos")}
@@ -120,7 +124,7 @@ def open_cache(run: Setup) -> TeacherCache:
     files = [folder / f"{key}-{epoch:04}.features" for epoch in range(method.config.cache_epochs)]
     missing: list[int] = broadcast_object([number for number, path in enumerate(files) if not path.is_file()])
     if missing:
-        size = len(missing) * len(reader) * _record(method.frozen.width).itemsize / 1e9
+        size = len(missing) * len(reader) * record.itemsize / 1e9
         epochs = counted(len(missing), "epoch")
         run.progress.note(f"first the teacher sees the views of {epochs}, and fills {size:.2f} GB of {folder}")
         reader.require_here(None)
@@ -128,7 +132,7 @@ def open_cache(run: Setup) -> TeacherCache:
         unfinished = files[number].with_name(files[number].name + UNFINISHED)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_share(run, method, views, unfinished, number)
+            _write_share(run, method, views, unfinished, number, record)
             barrier()
             if run.world.is_main:
                 with suppress(FileNotFoundError):  # another run, which wrote the same, was faster
@@ -137,13 +141,15 @@ def open_cache(run: Setup) -> TeacherCache:
             barrier()
         except OSError as error:
             raise FastSSLError(f"{files[number]}: cannot be written ({error.strerror or error})") from error
-    return TeacherCache(files, len(reader), method.frozen.width)
+    return TeacherCache(files, len(reader), record)
 
 
 @torch.no_grad()
-def _write_share(run: Setup, method: Distill, views: list[ViewSpec], path: Path, epoch: int) -> None:
+def _write_share(
+    run: Setup, method: Distill, views: list[ViewSpec], path: Path, epoch: int, record: np.dtype[np.void]
+) -> None:
     """Fill in this process's share of a file."""
-    mine, record, done = shard(np.arange(len(run.reader))), _record(method.frozen.width), 0
+    mine, done = shard(np.arange(len(run.reader))), 0
     alone = {"rank": 0, "world": 1, "shuffle": False, "drop_last": False, "colour": True}
     alone |= {"window": None, "view_epochs": None, "views": views, "indices": mine}
     with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666), "wb") as file, run.make_loader(**alone) as loader:
@@ -152,7 +158,7 @@ def _write_share(run: Setup, method: Distill, views: list[ViewSpec], path: Path,
             with run.step.autocast():
                 found = run.step.networks[1](method.images(batch.views)[0])
             rows, places = np.zeros(len(batch.index), record), mine[done : done + len(batch.index)]
-            rows["features"] = found.float().cpu().unflatten(0, (2, -1)).transpose(0, 1).half().numpy()
+            rows["features"] = found.float().cpu().unflatten(0, (2, -1)).transpose(0, 1).numpy()
             rows["crc"] = [_crc(row["features"], sample) for row, sample in zip(rows, places.tolist())]
             # What came in the place of a damaged photo: it will do so in training, too, and is not asked for here.
             rows[batch.index.numpy() != places] = np.zeros((), record)
