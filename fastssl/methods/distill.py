@@ -80,7 +80,11 @@ class DistillConfig(SmoothedConfig):
         return batch >= 2 and (self.loss == "features" or self.queue % (2 * batch) == 0)
 
     def scaled(self, batch: int, *, photos: int | None = None, processes: int = 1) -> DistillConfig:
-        return self if self.allows(batch) else replace(self, queue=-(-self.queue // (2 * batch)) * 2 * batch)
+        keys = 2 * batch
+        steps = -(-self.queue // keys)
+        if photos is not None:  # random vectors would stay in a longer one for epochs
+            steps = min(steps, max(1, photos // keys, -(-self.sharing // keys)))
+        return self if self.loss == "features" else replace(self, queue=steps * keys)
 
 
 class FrozenTeacher(nn.Module):

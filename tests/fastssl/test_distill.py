@@ -127,7 +127,8 @@ def test_batches_that_do_not_fit_and_what_is_made_of_them() -> None:
     with pytest.raises(ValueError, match=r"distill\.queue=40 must be a multiple of twice the batch size \(12\)"):
         make(replace(SMALL, queue=40))
     assert make(replace(SMALL, queue=40, loss="features")).config.allows(7)
-    assert replace(SMALL, queue=40).scaled(6).queue == 48 and SMALL.scaled(6) is SMALL
+    assert replace(SMALL, queue=40).scaled(6).queue == 48 and SMALL.scaled(6) == SMALL
+    assert SMALL.scaled(6, photos=13).queue == 12 and replace(SMALL, loss="features").scaled(7, photos=9).queue == 24
     assert SMALL.largest_batch == 12 and replace(SMALL, loss="features").largest_batch is None
     with pytest.raises(ValueError, match="there are 24 negatives, and weighting='uniform_topk' needs at least 30"):
         make(replace(SMALL, loss="smoothed", weighting="uniform_topk", neighbors=30))
