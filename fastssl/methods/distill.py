@@ -83,7 +83,8 @@ class DistillConfig(SmoothedConfig):
         keys = 2 * batch
         steps = -(-self.queue // keys)
         if photos is not None:  # random vectors would stay in a longer one for epochs
-            steps = min(steps, max(1, photos // keys, -(-self.sharing // keys)))
+            sharing = self.sharing if self.loss == "smoothed" else 0
+            steps = min(steps, max(1, photos // keys, -(-sharing // keys)))
         return self if self.loss == "features" else replace(self, queue=steps * keys)
 
 
