@@ -120,6 +120,27 @@ def load_without_a_look(recipe: Recipe) -> FrozenTeacher:
         return load_teacher(recipe)
 
 
+def test_the_command_line_caches_and_refuses_it_of_other_methods(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastssl.cli import main
+
+    def run(recipe: str, *changes: str) -> int:
+        sets = [part for change in changes for part in ("--set", change)]
+        where = ["--data", str(photos), "--out", str(tmp_path / recipe), "--device", "cpu", "--workers", "1"]
+        with pytest.raises(SystemExit) as ended:
+            main(["pretrain", "--recipe", recipe, *where, "--cache-teacher", "1", *sets])
+        return ended.value.code
+
+    pairs = {**SMALL, "train.epochs": "1", "distill.teacher": str(teacher_file())}
+    pairs.pop("train.samples")
+    assert run("distill-few-photos", *(f"{key}={value}" for key, value in pairs.items())) == 0
+    assert len(kept(photos)) == 1
+    assert "first the teacher sees the views of 1 epoch, and fills 0.00 GB" in " ".join(capsys.readouterr().err.split())
+    assert run("few-photos") == 1
+    assert "distill.* has no effect with method: simclr" in capsys.readouterr().err
+
+
 def test_a_run_that_crashed_goes_on_to_the_same_weights_and_refuses_another_teacher(
     photos: Path, tmp_path: Path
 ) -> None:
