@@ -116,7 +116,7 @@ class SmoothedInfoNCE(SmoothedTarget):
 class StreamedLoss(torch.autograd.Function):
     """Value and gradients in one pass over the queue; the backward pass only scales what the forward pass found.
 
-    ``soft``: (B, D), the mean of the keys that share the mass; None: the nearest of them by ``weights``.
+    ``mean``: (B, D), of the keys that share the mass; None: of the nearest by ``weights``.
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class StreamedLoss(torch.autograd.Function):
         weights: tuple[float, ...],
         tile: int | None,
         grad_enabled: bool,
-        soft: Tensor | None,
+        mean: Tensor | None,
     ) -> Tensor:
         # Inside a Function grad mode is always off and needs_input_grad ignores no_grad, hence the flag: evaluation
         # costs half.
@@ -147,8 +147,8 @@ class StreamedLoss(torch.autograd.Function):
             # Written as differences to the positive, which stay accurate when the loss is near zero.
             loss = (seen.maximum - positive) / temperature + seen.total.log()
             if smoothed:
-                if soft is not None:
-                    soft = soft.to(dtype)
+                if mean is not None:
+                    soft = mean.to(dtype)
                 elif weights:
                     soft = _nearest_mean(q, queue, seen.peaks, weights)  # (B, D)
                 else:

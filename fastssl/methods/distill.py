@@ -196,7 +196,8 @@ class Distill(Queued, Method):
             if mean is not None:
                 return similarity_loss(queries, key, mean, self.queue, self.config.temperature)
             if self.config.loss == "smoothed":
-                return self.criterion(queries, key, self.queue, smoothing)
+                loss: Tensor = self.criterion(queries, key, self.queue, smoothing)
+                return loss
             return (queries - key).square().sum(1).mean()
 
         gl, entropy = None, targets[2].mean() if len(targets) > 1 else 0.0

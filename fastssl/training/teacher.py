@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -118,8 +118,9 @@ def open_cache(run: Setup) -> TeacherCache:
     decides = {"seed": run.options.seed, "bfloat16": run.step.amp, "views": [asdict(spec) for spec in views]}
     data = {name: run.config["data"][name] for name in ("samples", "tables", "photos")}
     key = digest({**decides, "data": data, "teacher": method.frozen.about["fingerprint"]})[:16]
-    beside = len(reader.files) == 1 and not reader.streamed and os.access(reader.path.parent, os.W_OK)
-    folder = reader.path.with_name(f"{reader.path.name}.teacher") if beside else run.options.out / "teacher"
+    folder = reader.path.with_name(f"{reader.path.name}.teacher")
+    if len(reader.files) > 1 or reader.streamed or not (folder.is_dir() or os.access(folder.parent, os.W_OK)):
+        folder = run.options.out / "teacher"
     folder = broadcast_object(folder)
     files = [folder / f"{key}-{epoch:04}.features" for epoch in range(method.config.cache_epochs)]
     missing: list[int] = broadcast_object([number for number, path in enumerate(files) if not path.is_file()])
@@ -150,7 +151,7 @@ def _write_share(
 ) -> None:
     """Fill in this process's share of a file."""
     mine, done = shard(np.arange(len(run.reader))), 0
-    alone = {"rank": 0, "world": 1, "shuffle": False, "drop_last": False, "colour": True}
+    alone: dict[str, Any] = {"rank": 0, "world": 1, "shuffle": False, "drop_last": False, "colour": True}
     alone |= {"window": None, "view_epochs": None, "views": views, "indices": mine}
     with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o666), "wb") as file, run.make_loader(**alone) as loader:
         file.seek(int(mine[0]) * record.itemsize)

@@ -225,6 +225,9 @@ def test_where_the_photos_cannot_be_written_beside_the_features_are_in_the_runs_
     ready(small(distill__cache_epochs=1), photos, tmp_path / "run").close()
     assert len(list((tmp_path / "run" / "teacher").glob("*-0000.features"))) == 1
     assert not photos.with_name("photos.beton.teacher").exists()
+    photos.with_name("photos.beton.teacher").mkdir()  # made by somebody who could
+    ready(small(distill__cache_epochs=1), photos, tmp_path / "other").close()
+    assert len(kept(photos)) == 1
 
 
 def test_a_disk_that_takes_nothing_ends_the_run_in_one_line(photos: Path, tmp_path: Path) -> None:
