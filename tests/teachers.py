@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,11 +12,17 @@ from test_torchvision_names import with_statistics
 
 from fastssl.models.backbones import create_backbone, save_backbone
 
+_FOLDER = "FASTSSL_TEST_TEACHERS"
+
 
 @functools.cache
 def teacher_file(arch: str = "resnet10t", *, broken: bool = False) -> Path:
     """Another normalisation than ImageNet's, and BatchNorm statistics that are not those of a fresh network."""
-    path = Path(tempfile.mkdtemp()) / f"{arch}.safetensors"
+    if _FOLDER not in os.environ:  # processes that this one starts find the same files
+        os.environ[_FOLDER] = tempfile.mkdtemp()
+    path = Path(os.environ[_FOLDER]) / f"{arch}{'-broken' * broken}.safetensors"
+    if path.is_file():
+        return path
     with torch.random.fork_rng():
         torch.manual_seed(7)
         network = with_statistics(create_backbone(arch))
