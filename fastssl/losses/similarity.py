@@ -7,8 +7,7 @@ unit embeddings of student and teacher of one picture, n_1..n_K the teacher's em
       = logsumexp(s.n / tau_s) - s.m / tau_s,      m = sum_j p_j n_j
     entropy of p = logsumexp(t.n / tau_t) - t.m / tau_t, the least that the loss can be
 
-So the teacher's side is a vector m for each picture, and both sides read the queue in tiles (``smoothed_infonce``): no
-(batch, queue) matrix is made.
+So the teacher's side is a vector m for each picture, and both read the queue in tiles, as ``smoothed_infonce`` does.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from fastssl.losses.smoothed_infonce import StreamedLoss, stream
 
 @torch.no_grad()
 def neighbours_mean(key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The teacher's side: m (B, D), and the entropy of p (B,) in nats; float32, or float64 where an input is.
-
-    Args:
-        key: (B, D) unit vectors t. queue: (K, D) unit vectors. temperature: tau_t, positive.
+    """The teacher's side of unit vectors t (B, D) and a queue (K, D): m (B, D), and the entropy of p (B,) in nats;
+    float32, or float64 where an input is. ``temperature``: tau_t, positive.
     """
     dtype = torch.float64 if torch.float64 in (key.dtype, queue.dtype) else torch.float32
     with torch.autocast(key.device.type, enabled=False):
@@ -35,14 +32,9 @@ def neighbours_mean(key: Tensor, queue: Tensor, temperature: float) -> tuple[Ten
 
 
 def similarity_loss(query: Tensor, key: Tensor, mean: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The loss, a scalar with gradient for ``query`` alone, mean over the pictures, in nats; float32, or float64 where
-    an input is, whatever autocast says. Nothing is read back to the host.
-
-    Args:
-        query: (B, D) unit vectors s. key, mean: (B, D), t and m, see ``neighbours_mean``. temperature: tau_s, positive.
+    """The mean loss of unit vectors s (B, D) in nats, with gradient for them alone, of t and m of ``neighbours_mean``;
+    float32, or float64 where an input is, whatever autocast says. ``temperature``: tau_s, positive.
     """
     # All of the mass is on the mean of neighbours: the smoothed loss with nothing left for the positive.
-    loss: Tensor = StreamedLoss.apply(
-        query, key, queue, 1.0, float(temperature), (), None, torch.is_grad_enabled(), mean
-    )
+    loss: Tensor = StreamedLoss.apply(query, key, queue, 1.0, temperature, (), None, torch.is_grad_enabled(), mean)
     return loss

@@ -118,15 +118,10 @@ class FrozenTeacher(nn.Module):
 
 
 class Distill(Queued, Method):
-    """Student, head, queue; beside them the teacher, which is neither trained nor saved.
+    """Student, head, queue; beside them the teacher, which is neither trained nor saved. ``generator`` draws what is in
+    the queue at first, on the CPU. Raises ValueError where the batch does not fit the queue.
 
     METRICS: also ``teacher_cosine``, of student and teacher for the same view: 1 where they are equal.
-
-    Args:
-        generator: draws the queue's first content; on the CPU.
-
-    Raises:
-        ValueError: the batch does not fit the queue.
     """
 
     METRICS = (*Method.METRICS, "teacher_cosine")

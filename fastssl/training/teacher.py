@@ -1,13 +1,11 @@
 """The teacher of a distillation: who it is; and what it says of the views of some epochs, computed once and kept.
 
-Every view is a function of (seed, epoch, sample, view). With ``distill.cache_epochs: N`` epoch e has the views of epoch
-e mod N, in an order of its own. The teacher sees those of N epochs before the first step and none after it; another run
-with the same teacher, views, seed and photos, of any student, finds what it said.
+With ``distill.cache_epochs: N`` epoch e has the views of epoch e mod N, in an order of its own. The teacher sees those
+of N epochs before the first step; another run with the same teacher, views, seed and photos finds what it said.
 
 A file for each view epoch, ``KEY-EPOCH.features``, has a record for each sample: (2, F) of its global views, in float32
-or, where the teacher computes in bfloat16, in float16, and a CRC-32. They lie beside the photos in
-``NAME.beton.teacher/``; in the run's folder where the photos are several files or theirs cannot be written. KEY is a
-digest of all that decides the numbers.
+or, where the teacher computes in bfloat16, in float16, and a CRC-32. KEY is a digest of all that decides the numbers.
+The files are in ``NAME.beton.teacher/`` beside the photos, or in the run's folder where that cannot be.
 """
 
 from __future__ import annotations
@@ -41,10 +39,8 @@ if TYPE_CHECKING:
 
 def load_teacher(recipe: Recipe) -> FrozenTeacher:
     """On the CPU. ``about`` has its ``name``, ``arch`` and ``fingerprint``, a digest of all that decides what it says.
-
-    Raises:
-        FastSSLError: none is named, there are no such weights, it does not take pictures of that size, or what it says
-            is not finite.
+    Raises FastSSLError where none is named, there are no such weights, it does not take pictures of that size, or what
+    it says is not finite.
     """
     config, view = recipe.settings, recipe.views[0]
     assert isinstance(config, DistillConfig)
@@ -64,13 +60,8 @@ def load_teacher(recipe: Recipe) -> FrozenTeacher:
 
 
 class TeacherCache:
-    """``cache(epoch, samples)``: what the teacher says of them.
-
-    Args:
-        files: of view epochs 0, 1, ... samples: N. record: what a file has of each.
-
-    Raises:
-        FastSSLError: a file is missing or of another size.
+    """``cache(epoch, samples)``: what the teacher says of them. ``files``: of view epochs 0, 1, ..., with a ``record``
+    of each of so many ``samples``. Raises FastSSLError for one that is missing, of another size, or damaged.
     """
 
     def __init__(self, files: Sequence[Path], samples: int, record: np.dtype[np.void]):
@@ -107,9 +98,7 @@ def _crc(features: NDArray[np.floating], sample: int) -> int:
 
 def open_cache(run: Setup) -> TeacherCache:
     """The cache of ``run``; what is missing of it all processes compute together, each for its share of the photos.
-
-    Raises:
-        FastSSLError: a file cannot be written, a photo cannot be read, or not all processes see the files.
+    Raises FastSSLError where a file cannot be written, a photo cannot be read, or not all processes see the files.
     """
     method, reader = run.step.method, run.reader
     assert isinstance(method, Distill)
