@@ -64,6 +64,7 @@ class ViewLoader:
         shuffle: draw a new order every epoch; otherwise samples come as they are stored.
         drop_last: leave out the last, partial batch. Kept, it is as large on all ranks, see ``last_batch``; without
             ``shuffle`` it may be kept on one rank alone.
+        view_epochs: the epochs share the views of that many, each in its own order; None: all have new ones.
         dtype: of the views.
         colour: apply the colour operations here. Without it the batch holds the uint8 crops and the tables that
             ``DeviceColour`` takes, for a step that does it itself.
@@ -89,6 +90,7 @@ class ViewLoader:
         colour: bool = True,
         stall_minutes: float = STALL_MINUTES,
         window: int | None = None,
+        view_epochs: int | None = None,
     ):
         if isinstance(views, ViewSpec):
             raise FastSSLError("views is a list of ViewSpec: [ViewSpec(...)]")
@@ -100,7 +102,7 @@ class ViewLoader:
             raise FastSSLError("drop_last=False with shuffle=False goes with one process: what is left has no parts")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
-        self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
+        self.seed, self.rank, self.world, self.shuffle, self._view_epochs = seed, rank, world, shuffle, view_epochs
         self.drop_last, self.dtype, self.colour = drop_last, dtype, colour
         self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
@@ -166,6 +168,7 @@ class ViewLoader:
 
     def _drawn(self, epoch: int, chosen: np.ndarray) -> Request:
         index = self.ids_at(chosen)
+        epoch = epoch % self._view_epochs if self._view_epochs else epoch
         return Request(index, draw_plans(self.views, self.seed, epoch, index, *self.reader.shapes(index)))
 
     def _hold(self, epoch: int, step: int) -> None:

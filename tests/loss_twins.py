@@ -46,6 +46,21 @@ def dense_smoothed_infonce(
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
+def dense_similarity(
+    query: Tensor, key: Tensor, queue: Tensor, student: float, teacher: float
+) -> tuple[Tensor, Tensor]:
+    """SEED's mean loss, differentiable in ``query``, and the mean entropy of its target: (B, D), (B, D), (K, D) ->
+    scalars of the inputs' dtype. ``student``, ``teacher``: their temperatures.
+    """
+    losses, entropies = [], []
+    for s, t in zip(query, key):
+        keys = torch.cat([t[None], queue])  # (1 + K, D)
+        target = (keys @ t / teacher).softmax(0)
+        losses.append(-(target * (keys @ s / student).log_softmax(0)).sum())
+        entropies.append(torch.special.entr(target).sum())
+    return torch.stack(losses).mean(), torch.stack(entropies).mean()
+
+
 def pair_mean(pairs: Tensor) -> Tensor:
     """Plain mean over all pairs of a target and another view: (2, V) -> scalar."""
     counted = [pairs[target, view] for target in range(2) for view in range(pairs.shape[1]) if view != target]

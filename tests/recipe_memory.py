@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 from fastssl.config.recipe import load_recipe, recipe_names, recipe_path
 from fastssl.methods import METHODS
 from fastssl.methods.base import Views
+from fastssl.methods.distill import FrozenTeacher
 from fastssl.models.backbones import create_backbone
 from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.schedules import RunLength
+from fastssl.pipelines.plan.draw import IMAGENET
 from fastssl.training.networks import _only_multiplies
 
 #: Of a card of 80 GB what a run is planned with; the rest is the allocator's.
@@ -80,11 +82,15 @@ def step_bytes(name: str, *, checkpoint: bool = False) -> int:
     recipe = load_recipe(name)
     batch, kind = recipe.train.batch_size, METHODS[recipe.method][0]
     backbone = create_backbone(recipe.arch, drop_path=recipe.drop_path, say=lambda text: None)
-    method = kind(backbone, recipe.settings, views=Views(batch, recipe.pair_weights)).train()
+    more = {}
+    if recipe.method == "distill":  # a teacher as SEED's smallest
+        teacher = create_backbone("resnet50")
+        more["teacher"] = FrozenTeacher(teacher, recipe.distill.teacher_size, given=IMAGENET, seen=IMAGENET, about={})
+    method = kind(backbone, recipe.settings, views=Views(batch, recipe.pair_weights), **more).train()
     if checkpoint:
         assert recompute_blocks(method.student.backbone) == ""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fixed = without_content(method, mode)
+    fixed = without_content(method, mode) + sum(without_content(one, mode) for one in method.networks[1:] if more)
     with mode, Alive() as alive:
         shapes = [(spec.count * batch, spec.size, spec.size, 3) for spec in recipe.views]
         views = [torch.empty(shape, dtype=torch.bfloat16).permute(0, 3, 1, 2) for shape in shapes]

@@ -104,10 +104,10 @@ class Step:
         with self.inner.autocast():
             seen = [images[0][self.method.hidden_views * self.batch_size :], *images[1:]]
             found = forward_cost(self.method.student, seen, itemsize) * 3
-            if self.method.teacher is None:
-                return found
-            taught = images[0][: self.method.teacher_views * self.batch_size]
-            return found + forward_cost(self.method.teacher, taught, itemsize)
+            for teacher in self.method.networks[1:]:
+                taught = images[0][: self.method.teacher_views * self.batch_size]
+                found += forward_cost(teacher, taught, itemsize)
+            return found
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -24,10 +25,25 @@ from fastssl.errors import counted, without_folders
     "of a checkpoint to go on from. Where torchrun or Slurm starts a failed run again,"
     " it goes on with what it has made, whatever is said here.",
 )
+@click.option(
+    "--cache-teacher",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With a recipe of method distill: the teacher sees the views of N epochs once, before the first step, and the "
+    "epochs share them; kept beside the photos for other runs. The same as --set distill.cache_epochs=N.",
+)
 @click.option("--check", is_flag=True, help="Compare a compiled or recorded step with the eager one at the start.")
 @quiet_option
 @json_option
-def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bool, json_path: str | None) -> None:
+def pretrain(
+    wanted: Wanted,
+    out: Path | None,
+    seed: int,
+    resume: str,
+    cache_teacher: int | None,
+    check: bool,
+    json_path: str | None,
+) -> None:
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
@@ -35,6 +51,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     fastssl pretrain --data photos/                                   # yours: a folder, a tar or a .beton file
     fastssl pretrain --arch resnet18 --data photos/ --epochs 100
     fastssl pretrain --arch mobilenetv3_large_100.ra_in1k --data photos/   # begin with timm's ImageNet weights
+    fastssl pretrain --recipe distill-few-photos --data photos/ --cache-teacher 4    # learns from a trained network
     fastssl pretrain --arch mobilenetv2 --recipe dino-mobilenetv2-sslight --data photos.beton
     torchrun --nproc-per-node 8 -m fastssl pretrain --arch ...        # several GPUs, the batch shared out
 
@@ -54,6 +71,9 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     from fastssl.pretrain import RunOptions
     from fastssl.pretrain import pretrain as run
 
+    if cache_teacher is not None:
+        cached = f"distill.cache_epochs={cache_teacher}"
+        wanted = dataclasses.replace(wanted, overrides=(*wanted.overrides, cached))
     with first_of_host_speaks():
         inputs = choose_inputs(wanted, processes=world.size, run=out if resume != "never" else None)
     options = RunOptions(

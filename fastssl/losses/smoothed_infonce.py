@@ -84,8 +84,8 @@ class SmoothedInfoNCE(SmoothedTarget):
         """
         mass = self.mass(smoothing)
         self._check(query, key, queue)
-        loss: Tensor = _Loss.apply(
-            query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled()
+        loss: Tensor = StreamedLoss.apply(
+            query, key, queue, mass, self.temperature, self.weights, self.tile, torch.is_grad_enabled(), None
         )
         return loss
 
@@ -113,8 +113,11 @@ class SmoothedInfoNCE(SmoothedTarget):
             raise ValueError("queue requires a gradient, but the loss treats it as a constant: pass queue.detach()")
 
 
-class _Loss(torch.autograd.Function):
-    """Value and gradients in one pass over the queue; the backward pass only scales what the forward pass found."""
+class StreamedLoss(torch.autograd.Function):
+    """Value and gradients in one pass over the queue; the backward pass only scales what the forward pass found.
+
+    ``mean``: (B, D), of the keys that share the mass; None: of the nearest by ``weights``.
+    """
 
     @staticmethod
     def forward(
@@ -127,6 +130,7 @@ class _Loss(torch.autograd.Function):
         weights: tuple[float, ...],
         tile: int | None,
         grad_enabled: bool,
+        mean: Tensor | None,
     ) -> Tensor:
         # Inside a Function grad mode is always off and needs_input_grad ignores no_grad, hence the flag: evaluation
         # costs half.
@@ -138,12 +142,14 @@ class _Loss(torch.autograd.Function):
             smoothed = isinstance(mass, Tensor) or mass > 0  # a tensor's value is not known here
             if isinstance(mass, Tensor):
                 mass = mass.to(dtype)
-            seen = _stream(q, k, positive, queue, temperature, tile, wants_query)
+            seen = stream(q, k, positive, queue, temperature, tile, wants_query)
 
             # Written as differences to the positive, which stay accurate when the loss is near zero.
             loss = (seen.maximum - positive) / temperature + seen.total.log()
             if smoothed:
-                if weights:
+                if mean is not None:
+                    soft = mean.to(dtype)
+                elif weights:
                     soft = _nearest_mean(q, queue, seen.peaks, weights)  # (B, D)
                 else:
                     soft = queue.mean(0, keepdim=True, dtype=dtype)  # (1, D): every negative counts alike
@@ -170,7 +176,7 @@ class _Loss(torch.autograd.Function):
         grads = (
             None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return (*grads, *[None] * 6)
+        return (*grads, *[None] * 7)
 
 
 class _Seen(NamedTuple):
@@ -182,7 +188,7 @@ class _Seen(NamedTuple):
     peaks: Tensor  # (blocks, B) largest product of each block of 16 keys, over the whole queue
 
 
-def _stream(
+def stream(
     query: Tensor,
     key: Tensor,
     positive: Tensor,

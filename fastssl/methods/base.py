@@ -63,6 +63,11 @@ class MethodConfig:
         """No larger batch can be had; None: there is no bound."""
         return None
 
+    @property
+    def view_epochs(self) -> int | None:
+        """The epochs share the views of that many; None: each has its own."""
+        return None
+
     def allows(self, batch: int) -> bool:
         """Whether steps of ``batch`` samples go with these numbers."""
         return batch >= 2

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastssl.distributed.collectives import gather_rows, gather_views, rank
 from fastssl.distributed.split_batchnorm import SplitBatchNormStats
 from fastssl.losses import SmoothedInfoNCE
 from fastssl.losses.pairs import reduce_pairs
 from fastssl.methods.base import Encoder, Method, Rates, SmoothedConfig, StepOutput, Views, new_encoder
+from fastssl.methods.queue import Queued
 from fastssl.models.heads import ProjectorConfig
 from fastssl.optim import schedules
 from fastssl.optim.schedules import MomentumSchedule, RunLength
@@ -121,7 +121,7 @@ class MoCoConfig(SmoothedConfig):
         return replace(self, queue=steps * keys, split_bn=groups, split_bn_queries=queries)
 
 
-class MoCo(Method):
+class MoCo(Queued, Method):
     """The two networks, the queue, and one training step's loss.
 
     Args:
@@ -132,8 +132,6 @@ class MoCo(Method):
     """
 
     teacher: Encoder
-    queue: Tensor
-    queue_pointer: Tensor
 
     def __init__(
         self, backbone: nn.Module, config: MoCoConfig, *, views: Views, generator: torch.Generator | None = None
@@ -170,10 +168,7 @@ class MoCo(Method):
                 f"moco.queue={config.queue} holds fewer keys than the {self.criterion.neighbors} neighbours that "
                 "share the smoothing"
             )
-        queue = torch.randn(config.queue, config.projector.out, generator=generator)
-        # Buffers, and persistent: a run that resumed with a fresh queue would be another run.
-        self.register_buffer("queue", functional.normalize(queue, dim=1))
-        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+        self.begin_queue(config.queue, config.projector.out, generator)
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
@@ -279,11 +274,3 @@ class MoCo(Method):
         if self._query_stats and self._before_queries is not None:
             self._query_stats.combine(self._before_queries)
         self.enqueue(gather_views(targets[0], self.key_views))
-
-    @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Write the keys of all ranks over the oldest ones. The pointer lives on the device: no host sync."""
-        count = len(keys)
-        places = (self.queue_pointer + torch.arange(count, device=keys.device)) % len(self.queue)
-        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
-        self.queue_pointer.add_(count).remainder_(len(self.queue))

@@ -12,13 +12,12 @@ from torch.nn import functional
 from fastssl.utils.settings import Count, Switch, settings
 
 
-@settings("projector")
-class ProjectorConfig:
-    """Shape of the MLP from the backbone's feature (F) to the embedding.
+@settings("head")
+class HeadConfig:
+    """Shape of an MLP from the backbone's feature (F), but for its last width.
 
     Attributes:
         hidden: width of each hidden layer.
-        out: width of the embedding.
         layers: number of linear layers (2: one hidden layer, as in MoCo-v2 and light-moco).
         norm_in: LayerNorm without scale and shift on the feature. In a fresh MobileNet-V3 the longest feature of a
             batch is 19 times the median (ResNet-18: 3): the BatchNorms that follow would spend their unit of variance
@@ -35,7 +34,6 @@ class ProjectorConfig:
     """
 
     hidden: Count = 2048
-    out: Count = 128
     layers: Annotated[Count, Field(le=100)] = 2  # a number of a stranger's recipe, and layers are made one by one
     norm_in: Switch = False
     norm: Switch = False
@@ -43,6 +41,13 @@ class ProjectorConfig:
     bias: Switch = False
     activation: Literal["relu", "gelu"] = "relu"
     init: Literal["torch", "truncated", "normal"] = "torch"
+
+
+@settings("projector")
+class ProjectorConfig(HeadConfig):
+    """Shape of the MLP to the embedding. Attributes: of ``HeadConfig``, and ``out``, the width of the embedding."""
+
+    out: Count = 128
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fastssl.methods import METHODS
 from fastssl.methods.base import Method, Views
 from fastssl.models.backbones import create_backbone, plain_arch, require_sizes
 from fastssl.pipelines.plan.multicrop import MultiCrop
+from fastssl.training.teacher import load_teacher
 
 
 def initial_backbone(
@@ -63,8 +64,10 @@ def new_method(
     kind: Callable[..., Method] = METHODS[recipe.method][0]
     views = Views(batch_size, recipe.pair_weights, ranks)
     backbone = initial_backbone(recipe, seed, say, init)
+    more = {"teacher": load_teacher(recipe)} if recipe.method == "distill" else {}
     try:
-        return kind(backbone, recipe.settings, views=views, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return kind(backbone, recipe.settings, views=views, generator=generator, **more)
     except ValueError as error:
         batch = recipe.train.batch_size
         raise FastSSLError(f"batch of {batch}: {error}; --batch-size or --set changes that") from error

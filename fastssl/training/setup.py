@@ -19,6 +19,7 @@ from fastssl.errors import FastSSLError, counted, without_folders
 from fastssl.evaluate.online_probe import match_classes
 from fastssl.evaluate.session import weights_fingerprint
 from fastssl.evaluate.trained import Trained
+from fastssl.methods.distill import Distill
 from fastssl.models.backbones import plain_arch, save_backbone
 from fastssl.optim.schedules import RunLength
 from fastssl.pipelines.beton.reader import BetonReader
@@ -32,6 +33,7 @@ from fastssl.runs.saver import Saver
 from fastssl.runs.status import RunStatus, State
 from fastssl.training.step import TrainStep
 from fastssl.training.step_log import MetricRing
+from fastssl.training.teacher import open_cache
 from fastssl.utils.cores import available_cores
 from fastssl.utils.signals import StopRequest
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
@@ -143,23 +145,24 @@ class Setup:
             "on_bad": self.recipe.train.on_bad,
         }
 
-    def make_loader(self) -> ViewLoader:
-        """A loader of this process's share of every batch."""
-        return ViewLoader(
-            self.reader,
-            views=self.recipe.views,
-            batch_size=self.step.batch_size,
-            rank=self.world.rank,
-            world=self.world.size,
-            device=self.device,
-            pipeline=self.options.pipeline,
-            seed=self.options.seed,
-            workers=self.options.workers,
-            on_bad=self.recipe.train.on_bad,
-            dtype=self.step.view_dtype,
-            colour=not self.step.takes_crops,
-            window=self.recipe.train.window,
-        )
+    def make_loader(self, **changes: Any) -> ViewLoader:
+        """A loader of this process's share of every batch; ``changes`` of its arguments make another."""
+        usual = {
+            "views": self.recipe.views,
+            "batch_size": self.step.batch_size,
+            "rank": self.world.rank,
+            "world": self.world.size,
+            "device": self.device,
+            "pipeline": self.options.pipeline,
+            "seed": self.options.seed,
+            "workers": self.options.workers,
+            "on_bad": self.recipe.train.on_bad,
+            "dtype": self.step.view_dtype,
+            "colour": not self.step.takes_crops,
+            "window": self.recipe.train.window,
+            "view_epochs": self.recipe.settings.view_epochs,
+        }
+        return ViewLoader(self.reader, **{**usual, **changes})
 
     def plan(self) -> list[str]:
         """What is about to be done, in lines of some 80 columns: the first line of metrics may be minutes away."""
@@ -256,6 +259,10 @@ def prepare(
         progress.message(line)
     ring = MetricRing(step.method.METRICS, min(recipe.train.log_every, steps), device)
     config = _resolved(recipe, options, reader, val)
+    if isinstance(step.method, Distill):
+        about = step.method.frozen.about
+        config["distill"]["teacher"] = about["name"]  # as of the data: no path
+        config["teacher"] = {part: about[part] for part in ("arch", "fingerprint")}
     run = Setup(recipe, options, reader, val, progress, world, device, step, ring, config, length, git)
     _require_same_settings(run)
     try:
@@ -263,6 +270,8 @@ def prepare(
             run.folder = RunFolder(options.out, progress.message)
             run.saver = Saver(run.folder, recipe, config, progress.message)
         _resume(run)
+        if recipe.settings.view_epochs:
+            step.known = open_cache(run)
         if run.folder:
             run.status = RunStatus(options.out, run.standing)
     except BaseException:

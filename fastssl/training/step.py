@@ -71,6 +71,7 @@ class TrainStep:
     Attributes:
         check: whether the first call compares what it compiled or recorded with the eager step, and goes on without
             what differs. say: is told what takes minutes. To be set before that call.
+        known: gives what a teacher said of samples' views in an epoch (``training.teacher``); None: it is asked.
         method: the networks, the queue or centre; what is saved.
         parts: into which the student's pass is cut. autocast: makes a context of the networks' precision.
         batch_size: samples a step on this rank.
@@ -126,8 +127,9 @@ class TrainStep:
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
             self.fallbacks["checkpoint"] = reason
         if device.type == "cpu":
-            use_own_gradient(self.method)
-            use_matrix_products(self.method)
+            for network in self.method.networks:
+                use_own_gradient(network)
+                use_matrix_products(network)
         if world.size > 1:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
         if recipe.frozen_bn and not self.method.freeze_batchnorm():
@@ -150,6 +152,7 @@ class TrainStep:
         groups = groups // world.size if groups > 1 else 0
         self.parts = Parts(self.method, parts, groups=groups, autocast=self.autocast, collect=collect)
         self._left_out = left_out(recipe.train, device, processes=world.size, steps=steps)
+        self.known: Callable[[int, np.ndarray], np.ndarray] | None = None
         self.check, self.say, self._checked = False, lambda text: None, dict[str, str]()
         self._record = record
         self._recorded: RecordedStep | None = None
@@ -177,8 +180,10 @@ class TrainStep:
             index: (B,) the samples of this rank's batch; None: 0 .. B - 1.
         """
         drawn = self.method.noise(self.seed, epoch, step)
+        samples = np.arange(self.batch_size) if index is None else np.asarray(index)
+        if self.known is not None:
+            drawn["teacher"] = self.known(epoch, samples)
         if self.method.student.drop is not None:
-            samples = np.arange(self.batch_size) if index is None else np.asarray(index)
             drawn["drop_path"] = self.method.student.drop.draw(self.seed, epoch, samples, self.method.views.count)
         return {name: to_device(array, self.device) for name, array in drawn.items()}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from teachers import teacher_file
 
 from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, recipe_names
@@ -19,7 +20,13 @@ from fastssl.training import trainer
 from fastssl.training.setup import Setup
 
 #: In `make test`: one a method
-QUICK = ("few-photos", "light-moco-mobilenetv3", "dino-mobilenetv2-baseline", "swav-mobilenetv2-baseline")
+QUICK = (
+    "few-photos",
+    "light-moco-mobilenetv3",
+    "dino-mobilenetv2-baseline",
+    "swav-mobilenetv2-baseline",
+    "distill-few-photos",
+)
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
 ALWAYS = [
     "train.epochs=1",
@@ -40,6 +47,12 @@ SMALLER = {
         "swav.projector.out=16",
     ],
     "simclr": ["simclr.neighbors=5", "simclr.projector.hidden=16"],
+    "distill": [
+        f"distill.teacher={teacher_file()}",
+        "distill.teacher_size=40",
+        "distill.queue=64",
+        "distill.head.hidden=16",
+    ],
 }
 
 
@@ -120,7 +133,14 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["dino-vit_tiny-sslight", "swav-mobilenetv2-sslight", "moco-mobilenetv2-sslight", "simclr-mobilenetv3"]
+    "name",
+    [
+        "dino-vit_tiny-sslight",
+        "swav-mobilenetv2-sslight",
+        "moco-mobilenetv2-sslight",
+        "simclr-mobilenetv3",
+        "distill-mobilenetv3",
+    ],
 )
 def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(name: str, beton: Path, tmp_path: Path) -> None:
     """Queues, centres, uniforms of drop path and all: resuming is exact for every method."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
+from teachers import teacher_file
 
 from fastssl.config.recipe import load_recipe, parse_overrides
 from fastssl.distributed.world import world_from_environment
@@ -55,6 +56,16 @@ RUNS = {
     "dino": (
         "dino-mobilenetv2-sslight",
         [*_CROPS, "dino.out=48", "dino.projector.hidden=32", "dino.projector.out=16"],
+    ),
+    "distill": (
+        "distill-mobilenetv3",
+        [
+            "views.0.size=32",
+            f"distill.teacher={teacher_file()}",
+            "distill.cache_epochs=2",
+            f"distill.queue={4 * BATCH}",
+            "distill.head.hidden=32",
+        ],
     ),
 }
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from teachers import teacher_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -586,6 +587,17 @@ METHODS = {
     "simclr, local views": (
         "simclr-mobilenetv3",
         {"views.preset": "sslight-cnn", "simclr.neighbors": 5, "simclr.projector.hidden": 16},
+    ),
+    "distill, local views": (
+        "distill-mobilenetv3",
+        {
+            "views.preset": "sslight-cnn",
+            "distill.teacher": teacher_file(),
+            "distill.teacher_size": 48,
+            "distill.queue": 32,
+            "distill.head.hidden": 16,
+            "distill.standardise": "true",
+        },
     ),
 }
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_processes
+from teachers import teacher_file
 from torch import Tensor
 
 from fastssl.config.recipe import Recipe, load_recipe
@@ -95,10 +96,28 @@ CASES = {
             "simclr.smoothing_schedule": "constant",
         },
     ),
+    "distill, standardised": (
+        "distill-mobilenetv3",
+        {
+            "views.0.size": 32,
+            "train.batch_size": BATCH,
+            "distill.teacher": teacher_file(),
+            "distill.teacher_size": 40,
+            "distill.queue": 64,
+            "distill.head.hidden": 16,
+            "distill.standardise": "true",
+            "optim.lr": 0.5,
+        },
+    ),
 }
 
 #: What the papers' steps are not held to over two processes, see test_reference_steps.py.
-OWN = ["moco, symmetric, local views, one group", "dino, drop path, weight decay that changes", "simclr, smoothed"]
+OWN = [
+    "moco, symmetric, local views, one group",
+    "dino, drop path, weight decay that changes",
+    "simclr, smoothed",
+    "distill, standardised",
+]
 
 
 def recipe(case: str) -> Recipe:

@@ -86,6 +86,17 @@ def test_epochs_differ_and_repeat(beton: Path) -> None:
     assert not torch.equal(first.index, second.index)
 
 
+def test_view_epochs_are_gone_round_each_in_an_order_of_its_own(beton: Path) -> None:
+    def epoch(number: int, **options: object) -> tuple[list[int], dict[int, torch.Tensor]]:
+        with ViewLoader(beton, views=[GLOBAL], batch_size=8, seed=3, **options) as loader:
+            made = [(b.index.tolist(), b.views[0].clone().unflatten(0, (2, 8))) for b in loader.epoch(number)]
+        return [i for ids, _ in made for i in ids], {i: v[:, k] for ids, v in made for k, i in enumerate(ids)}
+
+    (order, views), (_, first) = epoch(5, view_epochs=2), epoch(1)
+    assert order == epoch(5)[0] != epoch(1)[0]
+    assert len(views) == 48 and all(torch.equal(views[sample], first[sample]) for sample in views)
+
+
 def test_start_step_goes_on_where_a_run_stopped(beton: Path) -> None:
     with ViewLoader(beton, views=[GLOBAL], batch_size=8, seed=3) as loader:
         whole = [b.index.clone() for b in loader.epoch(2)]
