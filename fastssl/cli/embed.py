@@ -86,7 +86,7 @@ def search(query: Path | None, place: Path, out: Path | None, **how: Any) -> Non
             title = f"{counted(count, 'pair')} with a cosine of {how['above']:g} or more, in {among}"
             lines = [*(f"{like:.4f} {words(one)} {words(other)}" for like, one, other in pairs), title]
             record |= {"above": how["above"], "pairs": count, "most_alike": pairs, "groups": groups}
-            if photos:
+            if photos and out:
                 duplicates_page(title, [[(photos, row, words(row)) for row in group] for group in groups], out)
     PlainConsole(stderr=how["json_path"] == "-").say("\n".join(lines))
     write_json(how["json_path"], record)

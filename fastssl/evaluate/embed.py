@@ -55,7 +55,7 @@ def embed(
                 raise FastSSLError(f"{out}: parquet needs pyarrow: pip install 'fastssl-vision[parquet]'")
             require_target(out, [data])
             reader, trained = opened.enter_context(open_photos(data, how.get("workers"))), session.trained
-            names = stored_names(reader, photos or data) if photos or is_source(data) else []
+            names: list = stored_names(reader, photos or data) if photos or is_source(data) else [None] * len(reader)
             how |= {**(look := trained.pictures(*pictures)), "device": session.device}
             require_size(trained.backbone, look["size"], session.device)
             mine = shard(np.arange(len(reader)))
@@ -81,7 +81,7 @@ def embed(
         if session.is_main:
             classes, index = dict(enumerate(reader.classes or ())), np.arange(len(reader))
             labels = [None if k < 0 else classes.get(k, str(k)) for k in reader.labels_of(index).tolist()]
-            paths = [name.encode("utf-8", "backslashreplace").decode() for name in names] or [None] * len(index)
+            paths = [name and name.encode("utf-8", "backslashreplace").decode() for name in names]
             given = {"weights": weights, "data": data}
             places = {name: os.path.abspath(one) if os.path.exists(one) else shown(one) for name, one in given.items()}
             columns = {"id": index.tolist(), "path": paths, "label": labels}

@@ -372,7 +372,7 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
         chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
         same = len(chosen) == len(reader)
         if reader.labelled and not given.get("labels"):  # those came from a file, and are not to be seen here
-            same = listing.classes is not None and np.array_equal(listing.labels[chosen], reader.labels)
+            same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):
             sizes = listing.sizes[chosen]

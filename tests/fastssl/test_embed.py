@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +120,21 @@ class Anonymous:
     @staticmethod
     def now():
         return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    @contextmanager
+    def watching(self):
+        """Look once a millisecond."""
+        done = threading.Event()
+
+        def look():
+            while not done.wait(0.001):
+                self.seen.append(self.now())
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        yield
+        done.set()
+        thread.join()
 
     @contextmanager
     def __call__(self, label, total, unit="images"):

@@ -19,6 +19,7 @@ from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import search as module
 from fastssl.evaluate.embed import embed
+from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.evaluate.search import find_duplicates, nearest, open_features, open_query
 from fastssl.models.backbones import create_backbone, save_backbone
 
@@ -99,21 +100,22 @@ def test_nearest_is_scikit_learns(made):
     np.testing.assert_allclose([like for like, _ in found], 1 - distance[0], atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_photos(tmp_path):
-    """60 MB of float16 on disk."""
-    rows = np.lib.format.open_memmap(tmp_path / "f.npy", "w+", np.float16, (15_000, 2048))
-    rows[:] = np.random.default_rng(0).normal(size=(15_000, 1))
-    rows[:, :8] += np.arange(15_000)[:, None] % 7 + 1
+def test_memory_is_for_a_tile_of_the_photos(tmp_path):
+    """200 MB of float16, of which a tile is 13,107 rows of float32."""
+    rows = np.lib.format.open_memmap(tmp_path / "f.npy", "w+", np.float16, (20_000, 5120))
+    rows[:] = np.random.default_rng(0).normal(size=5120)
+    rows[:, 0] = np.arange(20_000) / 2000
+    rows[17] = -rows[18]
     rows.flush()
-    columns = {"id": list(range(15_000)), "path": [None] * 15_000, "label": [None] * 15_000}
-    about = {"width": 2048, "columns": columns}
-    Path(tmp_path / "f.npy.json").write_text(json.dumps(about))
+    columns = {"id": list(range(20_000)), "path": [None] * 20_000, "label": [None] * 20_000}
+    Path(tmp_path / "f.npy.json").write_text(json.dumps({"width": 5120, "columns": columns}))
     features, _ = open_features(tmp_path / "f.npy")
     assert features.dtype == torch.float16
     bar = Anonymous()
-    find_duplicates(features[:9000], 0.99999, 10, "cpu", bar)
-    small = max(bar.seen) - bar.seen[0]
-    assert small < 400e6
+    with bar.watching():
+        like, found = nearest_neighbors(features, -features[17:18], k=3)
+    assert found[0, 0] == 18 and float(like[0, 0]) == pytest.approx(1)
+    assert max(bar.seen) - bar.seen[0] < 650e6  # 800 MB were all rows at once, normalised
 
 
 def test_a_query_as_table_record_and_picture(made, capsys, tmp_path):
