@@ -10,14 +10,16 @@ import click
 
 from fastssl.cli.common import PlainConsole, SomePath, json_option, progress_bar, quiet_option, write_json
 from fastssl.cli.evaluate import common
-from fastssl.cli.evaluate.common import COUNT, PHOTOS, option, options
+from fastssl.cli.evaluate.common import COUNT, option, options
 from fastssl.errors import FastSSLError, counted
+
+_PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
 
 
 @click.command()
 @options(common.checkpoint_argument, common.which_option)
-@option("--data", "Photos, with or without labels.", required=True, **PHOTOS)
-@option("--photos", "What --data, where it is .beton files, was converted from: for the paths.", **PHOTOS)
+@option("--data", "Photos, with or without labels.", required=True, **_PHOTOS)
+@option("--photos", "What --data, where it is .beton files, was converted from: for the paths.", **_PHOTOS)
 @option("--out", "Features, .npy, .parquet or .csv; FILE.json says what they are.", required=True, type=SomePath())
 @option("--half", "float16 in place of float32.", is_flag=True)
 @options(common.size_option, common.crop_option, common.device_option)
@@ -78,7 +80,7 @@ def search(query: Path | None, place: Path, out: Path | None, **how: Any) -> Non
             lines = [f"{like:.4f} {words(row)}" for like, row in found]
             record |= {"query": query.name, "nearest": [(like, row, words(row)) for like, row in found]}
             if photos:
-                cells = [(photos, row, line) for (_, row), line in zip(found, lines)]
+                cells = [(photos, row, f"{like:.4f} {words(row).rsplit('/', 1)[-1]}") for like, row in found]
                 sheet([(query.name, [(photo, 0, "")]), ("nearest photos", cells)], out)
         else:
             count, pairs, groups = find_duplicates(features, how["above"], how["top"], how["device"], progress_bar)

@@ -14,6 +14,7 @@ import numpy as np
 from fastssl.distributed.collectives import barrier
 from fastssl.distributed.world import first_of_host_speaks
 from fastssl.errors import FastSSLError
+from fastssl.evaluate import features
 from fastssl.evaluate.features import Bar, ProbeError, extract_features, require_size, shard, silent
 from fastssl.evaluate.photos import open_photos, stored_names
 from fastssl.evaluate.session import open_session
@@ -44,9 +45,8 @@ def embed(
     first. Raises FastSSLError for what cannot be read, and features that are NaN, infinite or beyond float16.
     """
     out, photos, batch = Path(out), how.pop("photos", None), how.setdefault("batch_size", 256)
-    draft, pictures = out.with_name(f"{out.name}.features{UNFINISHED}"), (how.pop("size", None), how.pop("crop", None))
+    draft, device = out.with_name(f"{out.name}.features{UNFINISHED}"), how.pop("device", "auto")
     writers = {".npy": lambda path, *_: os.replace(draft, path), ".csv": _write_csv, ".parquet": _write_parquet}
-    device = how.pop("device", "auto")
     with open_session(weights, which=how.pop("which", None), device=device) as session, ExitStack() as opened:
         with first_of_host_speaks():
             if (write := writers.get(out.suffix)) is None:
@@ -56,7 +56,9 @@ def embed(
             require_target(out, [data])
             reader, trained = opened.enter_context(open_photos(data, how.get("workers"))), session.trained
             names: list = stored_names(reader, photos or data) if photos or is_source(data) else [None] * len(reader)
-            how |= {**(look := trained.pictures(*pictures)), "device": session.device}
+            look = {"size": how.pop("size", None) or trained.size or features.EVALUATION_SIZE}
+            look["crop"] = how.pop("crop", None) or trained.crop or features.EVALUATION_CROP
+            how |= {**look, "normalisation": trained.normalisation, "device": session.device}
             require_size(trained.backbone, look["size"], session.device)
             mine = shard(np.arange(len(reader)))
         if session.is_main:
@@ -77,7 +79,7 @@ def embed(
                 advance(int(some[-1] - mine[0]) + 1)
         barrier()
         made = {"data": Path(shown(data)).name, "photos": len(reader), "width": rows.shape[1], "dtype": rows.dtype.name}
-        record = session.record("embed", size=look["size"], crop=look["crop"], **made)
+        record = session.record("embed", **look, **made)
         if session.is_main:
             classes, index = dict(enumerate(reader.classes or ())), np.arange(len(reader))
             labels = [None if k < 0 else classes.get(k, str(k)) for k in reader.labels_of(index).tolist()]
@@ -87,25 +89,24 @@ def embed(
             columns = {"id": index.tolist(), "path": paths, "label": labels}
             beside, text = Path(f"{out}.json"), to_json({**record, "made_from": places, "columns": columns})
             beside.unlink(missing_ok=True)  # it says what stands in its file: comes last, goes first
-            features = np.load(draft, mmap_mode="r")
-            write_atomically(out, lambda path: write(path, features, columns))
+            write_atomically(out, lambda path: write(path, np.load(draft, mmap_mode="r"), columns))
             write_atomically(beside, lambda path: path.write_text(text))
         return record if session.is_main else {}
 
 
-def _write_csv(path: Path, features: np.ndarray, columns: dict[str, list]) -> None:
+def _write_csv(path: Path, rows: np.ndarray, columns: dict[str, list]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*columns, *(f"f{k}" for k in range(features.shape[1]))])
-        for *row, numbers in zip(*columns.values(), features):
+        writer.writerow([*columns, *(f"f{k}" for k in range(rows.shape[1]))])
+        for *row, numbers in zip(*columns.values(), rows):
             writer.writerow([*row, *map("%.9g".__mod__, numbers.tolist())])  # nine digits: the same float32 again
 
 
-def _write_parquet(path: Path, features: np.ndarray, columns: dict[str, list]) -> None:
+def _write_parquet(path: Path, rows: np.ndarray, columns: dict[str, list]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    numbers = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])  # mapped, not copied
+    numbers = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])  # mapped, not copied
     names = {name: pa.array(columns[name], pa.string()) for name in ("path", "label")}
     table = pa.table({"id": columns["id"], **names, "features": numbers})
     parquet.write_table(table, path, row_group_size=8192)

@@ -65,11 +65,10 @@ def nearest(
     """(cosine, row) of the ``top`` rows most similar to the photo in ``query``, by the network that made the features.
     Raises FastSSLError where the ``weights`` are others, or features NaN or infinite.
     """
-    which = about["network"] if about["network"] in ("student", "teacher") else None
-    with open_session(weights, which=which, device=device) as session:
+    with open_session(weights, which=about["network"].removeprefix("imported") or None, device=device) as session:
         if session.weights != about["weights"]:
             raise FastSSLError(f"{weights}: did not make the features; name with --weights what did, or embed again")
-        look = session.trained.pictures(about["size"], about["crop"])
+        look = {"size": about["size"], "crop": about["crop"], "normalisation": session.trained.normalisation}
         asked = extract_features(session.trained.backbone, query, device=session.device, **look).features
         like, rows = nearest_neighbors(features, asked.to(session.device), k=min(top, len(features)))
     return list(zip(_finite(like)[0].tolist(), rows[0].tolist()))

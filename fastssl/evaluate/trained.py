@@ -13,7 +13,6 @@ from torch import nn
 
 from fastssl.config.resolved import normalisation_of
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.models.backbones import create_backbone, load_backbone, read_header
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.runs.checkpoint import is_detector, load_checkpoint
@@ -48,11 +47,6 @@ class Trained:
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
         return {"checkpoint": self.name, "arch": self.arch, "network": self.network, "step": self.step}
-
-    def pictures(self, size: int | None = None, crop: float | None = None) -> dict[str, Any]:
-        """The pictures that it is judged by: ``size`` and ``crop`` as given, or its run's, or the usual ones."""
-        size, crop = size or self.size or EVALUATION_SIZE, crop or self.crop or EVALUATION_CROP
-        return {"size": size, "crop": crop, "normalisation": self.normalisation}
 
 
 def load_trained(path: str | Path, which: str | None = None) -> Trained:

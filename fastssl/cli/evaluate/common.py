@@ -25,7 +25,7 @@ COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
 POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
 NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
 OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
-PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
+_PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
 
 
 def option(name: str, help: str | None = None, *, variable: str | None = None, **more: Any) -> Callable:
@@ -45,11 +45,11 @@ which_option = option(
     "Which of a run's networks. Default: what the file holds; of a run's folder the student.",
     **choice("student", "teacher"),
 )
-data_option = option("--data", "Labelled photos to learn from.", required=True, **PHOTOS)
+data_option = option("--data", "Labelled photos to learn from.", required=True, **_PHOTOS)
 val_option = option(
     "--val",
     "Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
-    **PHOTOS,
+    **_PHOTOS,
 )
 size_option = option(
     "--size",
@@ -96,11 +96,15 @@ def pictures(session: Session, asked: SimpleNamespace) -> dict[str, Any]:
     """``size`` and ``crop`` of the pictures: as asked for, which is said where the run's differ, or the run's, or the
     usual ones; and the network's ``normalisation``.
     """
-    for name in ("size", "crop"):
+    from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
+
+    found: dict[str, Any] = {"normalisation": session.trained.normalisation}
+    for name, usual in (("size", EVALUATION_SIZE), ("crop", EVALUATION_CROP)):
         wanted, own = getattr(asked, name), getattr(session.trained, name)
         if session.is_main and None not in (wanted, own) and wanted != own:
             click.echo(f"--{name} {wanted:g}: the run itself was probed with {own:g} (probe.{name})", err=True)
-    return session.trained.pictures(asked.size, asked.crop)
+        found[name] = wanted or own or usual
+    return found
 
 
 def network(
