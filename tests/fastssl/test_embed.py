@@ -101,6 +101,19 @@ def test_processes_write_one_file_together(weights, beton, expected, tmp_path, w
     assert len(sidecar(out)["columns"]["id"]) == 48 and len(list(tmp_path.iterdir())) == 2
 
 
+def embed_or_say(weights, data, out):
+    try:
+        embed(weights, data, out, **HOW)
+    except Exception as error:
+        return str(error)
+
+
+def test_what_one_process_cannot_read_leaves_nothing(weights, damaged, tmp_path):
+    out = tmp_path / "features.npy"
+    said = run_processes(embed_or_say, 2, weights, damaged[0], out, join=False)
+    assert "sample 13" in said[0] and "another process has ended" in said[1] and not list(tmp_path.glob("features*"))
+
+
 def test_the_command(weights, photo_tree, tmp_path, capsys):
     arguments = ["embed", weights, "--data", photo_tree, "--out", tmp_path / "f.npy", "--size", 32, "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:

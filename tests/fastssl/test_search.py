@@ -170,6 +170,21 @@ def test_what_is_no_photo_and_other_weights_are_one_line(made, capsys, tmp_path)
     assert run(capsys, photo, "--in", made / "f.npy", "--weights", tmp_path / "moved.safetensors")[0] == 0
 
 
+def test_a_runs_teacher_is_asked_where_it_made_the_features(made, tmp_path):
+    """By its own size and crop, too."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("probe: {size: 40, crop: 0.5}\n")
+    for name, network in (("last", "student"), ("last-teacher", "teacher")):
+        path = tmp_path / "checkpoints" / f"{name}.safetensors"
+        save_backbone(create_backbone("lcnet_035"), path, arch="lcnet_035", network=network, step=3)
+    embed(tmp_path, made / "photos", tmp_path / "f.npy", which="teacher", device="cpu", workers=1)
+    features, about = open_features(tmp_path / "f.npy")
+    assert (about["network"], about["size"], about["crop"]) == ("teacher", 40, 0.5)
+    with open_query(made / "photos" / "cats" / "02.jpg") as query:
+        ((like, row),) = nearest(features, about, query, 1, about["made_from"]["weights"], "cpu")
+    assert about["columns"]["path"][row] == "cats/02.jpg" and like == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
