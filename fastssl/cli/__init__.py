@@ -31,6 +31,8 @@ COMMANDS = {
     "verify": LazyCommand(".verify", "verify", "Check a .beton file: header, tables, checksums, pictures."),
     "pretrain": LazyCommand(".pretrain", "pretrain", "Pre-train a backbone without labels."),
     "evaluate": LazyCommand(".evaluate", "evaluate", "What a checkpoint is worth: kNN, linear probe, ..."),
+    "embed": LazyCommand(".embed", "embed", "Write the features of photos as a file: numpy, parquet or csv."),
+    "search": LazyCommand(".embed", "search", "Find the photos like one, or those that are nearly alike."),
     "export": LazyCommand(".weights", "export", "Write a backbone for timm, torchvision or ONNX."),
     "import": LazyCommand(".weights", "import_", "Take over a backbone that others trained."),
     "bench": LazyCommand(".bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),

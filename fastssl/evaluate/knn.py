@@ -20,8 +20,8 @@ from fastssl.evaluate.features import Features, ProbeError, accuracies, check_pr
 
 #: Similarities held at a time: 16 MiB of float32 stay in a CPU's last-level cache.
 _TILE_ELEMENTS = 1 << 22
-#: Queries that are compared with a tile at once; and features of the queries that are normalised for one way through
-#: the bank (256 MiB).
+#: Queries that are compared with a tile at once; and features, of queries for one way through the bank or of a tile,
+#: that are normalised at once (256 MiB).
 _QUERY_TILE, _QUERY_ELEMENTS = 1024, 1 << 26
 #: Neighbours looked for beyond the k wanted: float32 products tell two that are equal to six digits apart by chance,
 #: the exact cosines behind them do not.
@@ -175,9 +175,9 @@ def _candidates(bank: Tensor, query: Tensor, count: int, itself: int | None) -> 
     """(Q, count) int64: the bank rows with the largest products with the normalised ``query``, in any order."""
     best = query.new_full((len(query), count), -torch.inf)
     where = torch.zeros(len(query), count, dtype=torch.int64, device=query.device)
-    tile_rows = max(count, _TILE_ELEMENTS // min(max(len(query), 1), _QUERY_TILE))
-    for first in range(0, len(bank), tile_rows):
-        tile = functional.normalize(bank[first : first + tile_rows].to(query.device).float(), dim=1)
+    step = max(count, min(_TILE_ELEMENTS // min(len(query), _QUERY_TILE), _QUERY_ELEMENTS // max(query.shape[1], 1)))
+    for first in range(0, len(bank), step):
+        tile = functional.normalize(bank[first : first + step].to(query.device).float(), dim=1)
         for start in range(0, len(query), _QUERY_TILE):
             rows = slice(start, start + _QUERY_TILE)
             product = query[rows] @ tile.T

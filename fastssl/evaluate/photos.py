@@ -370,9 +370,8 @@ def stored_names(reader: BetonReader, photos: str | Path) -> list[str]:
     with list_source(photos, rules=rules, prefer=side.get("split") or "train") as listing:
         limit = (side.get("options") or {}).get("limit")
         chosen = [i for i in chosen_photos(len(listing), limit) if listing.names[i] not in rejected]
-        if given.get("labels"):  # they came from a file, and are not to be seen here
-            same = len(chosen) == len(reader)
-        else:
+        same = len(chosen) == len(reader)
+        if reader.labelled and not given.get("labels"):  # those came from a file, and are not to be seen here
             same = listing.classes is not None and np.array_equal(listing.labels[chosen], require_labels(reader))
         # Photos that went in as they were still have their size.
         if same and side.get("copied") == len(reader):

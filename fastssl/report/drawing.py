@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.data.contents import Photos
 from fastssl.errors import JpegError, counted, printable
+from fastssl.report.document import Heading, Picture, to_html
 from fastssl.utils.atomic_files import write_atomically
 
 PAPER, INK, QUIET = "#ffffff", "#1c2430", "#667085"
@@ -27,28 +29,42 @@ def contact_sheet(sets: Sequence[Photos], out: Path | None = None, *, photos: in
         out: where to write the PNG; None: only return the picture.
         photos: of each set, spread evenly over its classes, or over the set where there are none.
     """
-    across, tile, gap, head, caption = 5, 256, 18, 76, 40
-    chosen = []
+    blocks = []
     for one in sets:
         some = spread(len(one), _LOOKED_AT)
         labels = None if one.labels is None else one.labels[some]
-        chosen.append(some if len(some) <= photos else some[choose(labels, len(some), photos)])
-    heights = [head + -(-len(some) // across) * (tile + caption + gap) for some in chosen]
+        chosen = some if len(some) <= photos else some[choose(labels, len(some), photos)]
+        classes = f", {counted(len(one.classes), 'class')}" if one.classes else ""
+        words = [f"photo {i}" for i in chosen]
+        if one.labels is not None:
+            words = [class_name(one, k, f"class {k}") for k in one.labels[chosen].tolist()]
+        cells = list(zip([one] * len(words), chosen.tolist(), words))
+        blocks.append((f"{one.path.name}: {counted(len(one), 'photo')}{classes}", cells))
+    return sheet(blocks, out)
+
+
+def sheet(blocks: Sequence[tuple[str, Sequence[tuple[Photos, int, str]]]], out: Path | None = None) -> Image.Image:
+    """Draw photos, (where one is, its number there, words), below the title of each block; ``out`` as above."""
+    across, tile, gap, head, caption = 5, 256, 18, 76, 40
+    heights = [head + -(-len(cells) // across) * (tile + caption + gap) for _, cells in blocks]
     width = 2 * MARGIN + across * (tile + gap) - gap
     picture, top = Image.new("RGB", (width, MARGIN + sum(heights)), PAPER), MARGIN
-    for one, some, height in zip(sets, chosen, heights):
-        classes = f", {counted(len(one.classes), 'class')}" if one.classes else ""
-        title = f"{printable(one.path.name)}: {counted(len(one), 'photo')}{classes}"
-        write(picture, (MARGIN, top), title, 36, INK, width - 2 * MARGIN)
-        for number, i in enumerate(some.tolist()):
+    for (title, cells), height in zip(blocks, heights):
+        write(picture, (MARGIN, top), printable(title), 36, INK, width - 2 * MARGIN)
+        for number, (photos, i, text) in enumerate(cells):
             x = MARGIN + (number % across) * (tile + gap)
             y = top + head + (number // across) * (tile + caption + gap)
-            picture.paste(fitted(one, i, tile), (x, y))
-            label = -1 if one.labels is None else int(one.labels[i])
-            otherwise = f"photo {i}" if one.labels is None else f"class {label}"
-            write(picture, (x, y + tile + 2), printable(class_name(one, label, otherwise)), 28, INK, tile)
+            picture.paste(fitted(photos, i, tile), (x, y))
+            write(picture, (x, y + tile + 2), printable(text), 28, INK, tile)
         top += height
     return written(picture, out)
+
+
+def duplicates_page(title: str, groups: Sequence[Sequence[tuple[Photos, int, str]]], out: Path) -> None:
+    """Write a page of photos that are nearly alike: of the first fifty groups the first ten each."""
+    sheet([(counted(len(group), "photo"), group[:10]) for group in groups[:50]]).save(png := io.BytesIO(), "PNG")
+    page = to_html(title, [Heading(title, 1), Picture("groups.png", "groups of photos", png.getvalue())])
+    write_atomically(out, lambda path: path.write_text(page, "utf-8", "backslashreplace"))
 
 
 def written(picture: Image.Image, out: Path | None) -> Image.Image:
