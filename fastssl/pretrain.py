@@ -6,7 +6,8 @@ from fastssl.pretrain import RunOptions, pretrain
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 from fastssl.config.recipe import Recipe
@@ -17,6 +18,8 @@ from fastssl.distributed.world import first_of_host_speaks, world_from_environme
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.report.finish import finish_run
+from fastssl.report.pictures import views_picture
+from fastssl.runs.loggers import logging_to, require_loggers
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
@@ -31,6 +34,15 @@ class _Silence:
         pass
 
     message = note = row
+
+
+def _loggers(run: Setup) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """What follows the run, in its first process; see `logging_to`."""
+    options, views = run.options, run.options.out / "views.png"
+    if options.log and run.folder and not views.exists():
+        with suppress(OSError):  # it is drawn again at the end
+            views_picture(run.reader, run.recipe.views, views, seed=options.seed)
+    return logging_to(options.log if run.folder else (), options.out, run.config, run.progress.message)
 
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
@@ -48,6 +60,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if recipe.train.deterministic:
             files.enter_context(only_deterministic())
         with first_of_host_speaks():
+            require_loggers(options.log)
             device = choose_device(options.device, world)
             reader = files.enter_context(open_beton(options.data))
             val = files.enter_context(open_beton(options.val)) if options.val else None
@@ -67,6 +80,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                     run = prepare(recipe, options, reader, val, log, world, device)
                     files.callback(run.close)
                     run.tell_status("training")
+                    loggers_see = files.enter_context(_loggers(run))
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.
                     listening.enter_context(run.stop.by_signals())
@@ -89,5 +103,6 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             raise Interrupted(f"{saved}; the same command writes the report")
         log.note("probing: the trained network, the same network before training, raw pixels, colours")
         summary = finish_run(run, started)
+        loggers_see(summary)
         run.tell_status("finished")
         return summary

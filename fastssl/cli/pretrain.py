@@ -12,6 +12,16 @@ from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted, without_folders
 
 
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """``a,b`` -> names of loggers, each once."""
+    from fastssl.runs.loggers import LOGGERS
+
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value is not None else ()
+    if unknown := [name for name in names if name not in LOGGERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(LOGGERS)}", ctx, param)
+    return names
+
+
 @click.command()
 @input_options(click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH."))
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
@@ -24,10 +34,24 @@ from fastssl.errors import counted, without_folders
     "of a checkpoint to go on from. Where torchrun or Slurm starts a failed run again,"
     " it goes on with what it has made, whatever is said here.",
 )
+@click.option(
+    "--log",
+    callback=_names,
+    metavar="NAME,...",
+    help="Also show the run in: tensorboard, wandb, mlflow, trackio. Each needs pip install 'fastssl-vision[NAME]'.",
+)
 @click.option("--check", is_flag=True, help="Compare a compiled or recorded step with the eager one at the start.")
 @quiet_option
 @json_option
-def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bool, json_path: str | None) -> None:
+def pretrain(
+    wanted: Wanted,
+    out: Path | None,
+    seed: int,
+    resume: str,
+    log: tuple[str, ...],
+    check: bool,
+    json_path: str | None,
+) -> None:
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
@@ -52,8 +76,10 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     from fastssl.cli.progress import RunProgress
     from fastssl.pretrain import RunOptions
     from fastssl.pretrain import pretrain as run
+    from fastssl.runs.loggers import require_loggers
 
     with first_of_host_speaks():
+        require_loggers(log)
         inputs = choose_inputs(wanted, processes=world.size)
     options = RunOptions(
         recipe_name=inputs.name,
@@ -66,6 +92,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
         workers=wanted.workers,
         resume=resume,
         check=check,
+        log=log,
         command=without_folders(command_line(click.get_current_context())),
     )
     with RunProgress(console, quiet=not console.notes) as progress:

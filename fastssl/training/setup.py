@@ -63,6 +63,7 @@ class RunOptions:
             path of a checkpoint; of the last two only the first start of a launch takes notice (``Launch``).
         check: compare a compiled or recorded step with the eager one at the start (``TrainStep``).
         command: the call of the command line that this is part of, for the report; folders left out.
+        log: names of loggers (``fastssl.runs.loggers.LOGGERS``) that follow the run.
     """
 
     recipe_name: str
@@ -76,6 +77,7 @@ class RunOptions:
     resume: str = "auto"
     command: str | None = None
     check: bool = False
+    log: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
