@@ -6,8 +6,7 @@ from fastssl.pretrain import RunOptions, pretrain
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from fastssl.config.recipe import Recipe
@@ -18,7 +17,6 @@ from fastssl.distributed.world import first_of_host_speaks, world_from_environme
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.report.finish import finish_run
-from fastssl.report.pictures import views_picture
 from fastssl.runs.loggers import logging_to, require_loggers
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
@@ -34,15 +32,6 @@ class _Silence:
         pass
 
     message = note = row
-
-
-def _loggers(run: Setup) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
-    """What follows the run, in its first process; see `logging_to`."""
-    options, views = run.options, run.options.out / "views.png"
-    if options.log and run.folder and not views.exists():
-        with suppress(OSError):  # it is drawn again at the end
-            views_picture(run.reader, run.recipe.views, views, seed=options.seed)
-    return logging_to(options.log if run.folder else (), options.out, run.config, run.progress.message)
 
 
 def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
@@ -80,7 +69,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                     run = prepare(recipe, options, reader, val, log, world, device)
                     files.callback(run.close)
                     run.tell_status("training")
-                    loggers_see = files.enter_context(_loggers(run))
+                    names = options.log if world.is_main else ()
+                    tell = files.enter_context(logging_to(names, options.out, run.config, log.message))
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.
                     listening.enter_context(run.stop.by_signals())
@@ -103,6 +93,6 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
             raise Interrupted(f"{saved}; the same command writes the report")
         log.note("probing: the trained network, the same network before training, raw pixels, colours")
         summary = finish_run(run, started)
-        loggers_see(summary)
+        tell(summary)
         run.tell_status("finished")
         return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,13 +11,11 @@ from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
 from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted, without_folders
+from fastssl.runs.loggers import LOGGERS, require_loggers
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """``a,b`` -> names of loggers, each once."""
-    from fastssl.runs.loggers import LOGGERS
-
-    names = tuple(dict.fromkeys(name.strip() for name in value.split(","))) if value is not None else ()
+    names = tuple(dict.fromkeys(value.split(","))) if value is not None else ()
     if unknown := [name for name in names if name not in LOGGERS]:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(LOGGERS)}", ctx, param)
     return names
@@ -38,20 +37,12 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--log",
     callback=_names,
     metavar="NAME,...",
-    help="Also show the run in: tensorboard, wandb, mlflow, trackio. Each needs pip install 'fastssl-vision[NAME]'.",
+    help="Show the run in tensorboard, wandb, mlflow or trackio; each needs pip install 'fastssl-vision[NAME]'.",
 )
 @click.option("--check", is_flag=True, help="Compare a compiled or recorded step with the eager one at the start.")
 @quiet_option
 @json_option
-def pretrain(
-    wanted: Wanted,
-    out: Path | None,
-    seed: int,
-    resume: str,
-    log: tuple[str, ...],
-    check: bool,
-    json_path: str | None,
-) -> None:
+def pretrain(wanted: Wanted, out: Path | None, json_path: str | None, **how: Any) -> None:
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
@@ -76,10 +67,9 @@ def pretrain(
     from fastssl.cli.progress import RunProgress
     from fastssl.pretrain import RunOptions
     from fastssl.pretrain import pretrain as run
-    from fastssl.runs.loggers import require_loggers
 
     with first_of_host_speaks():
-        require_loggers(log)
+        require_loggers(how["log"])
         inputs = choose_inputs(wanted, processes=world.size)
     options = RunOptions(
         recipe_name=inputs.name,
@@ -88,12 +78,9 @@ def pretrain(
         out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
         device=wanted.device,
         pipeline=wanted.pipeline,
-        seed=seed,
         workers=wanted.workers,
-        resume=resume,
-        check=check,
-        log=log,
         command=without_folders(command_line(click.get_current_context())),
+        **how,
     )
     with RunProgress(console, quiet=not console.notes) as progress:
         summary = run(inputs.recipe, options, progress)

@@ -21,7 +21,7 @@ from fastssl.config.resolved import differences
 from fastssl.distributed.world import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import LAST, find_checkpoint, load_checkpoint, set_aside
-from fastssl.runs.loggers import forget
+from fastssl.runs.loggers import EVENTS, IDENTITY
 from fastssl.runs.metrics_file import MetricsFile
 from fastssl.runs.nonfinite import BAD_STEPS
 from fastssl.runs.status import read_status
@@ -209,9 +209,10 @@ class RunFolder:
             path.unlink()
         if old:
             self.say(f"{self.checkpoints}: of an earlier run {counted(len(old), 'file')} deleted")
-        if (self.path / BAD_STEPS).is_dir():
-            shutil.rmtree(self.path / BAD_STEPS)
-        forget(self.path)
+        (self.path / IDENTITY).unlink(missing_ok=True)
+        for name in (BAD_STEPS, EVENTS):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
         self.metrics.clear()
 
 

@@ -1,188 +1,276 @@
 """``--log``: a run's curves, pictures and settings in TensorBoard, Weights & Biases, MLflow and Trackio.
 
-``metrics.jsonl`` is the truth. Each logger is a thread that follows the run's folder, so no step waits for it and no
-run ends with it: one that fails or does not answer is told once, and dropped. A run that goes on shows all rows again;
-of each kind those are left out that are not newer than what the logger's store has.
+``metrics.jsonl`` is the truth. Each logger is a thread that follows this file, so no step waits for it and no run ends
+with it: one that fails or does not answer is told once, and dropped. A run that goes on shows it all rows again; of
+each kind those are left out that are not newer than what its store has.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import logging
+import os
 import re
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from fastssl.errors import FastSSLError, counted, without_folders
+from fastssl.errors import FastSSLError, without_folders
 from fastssl.runs.metrics_file import rows_in
-from fastssl.runs.stores import LoggedRun, MLflow, Store, TensorBoard, Trackio, WandB, forget_events
 from fastssl.utils.addresses import shown
 from fastssl.utils.atomic_files import write_atomically
 from fastssl.utils.deadline import Deadline
 
-#: name, also of the extra -> (class, packages that it imports)
-LOGGERS: dict[str, tuple[Callable[[], Store], tuple[str, ...]]] = {
-    "tensorboard": (TensorBoard, ("tensorboard",)),
-    "wandb": (WandB, ("wandb",)),
-    "mlflow": (MLflow, ("mlflow", "sqlalchemy", "alembic")),
-    "trackio": (Trackio, ("trackio",)),
-}
-#: what the stores know a run by: the name of its folder is not its alone
-_IDENTITY = "loggers.json"
-#: Seconds between two looks at the folder; for one call of a logger; at the end of a run, or of one that was stopped.
-_POLL_S, _PATIENCE_S, _END_S, _STOP_S = 2.0, 300.0, 60.0, 10.0
+#: in which the stores' own programs show the runs, unless their environment variables say another
+PROJECT = "fastssl"
+#: with which all names of curves begin, ``train/loss``: steps, probes between them, the end's figures and pictures
+KINDS = ("train", "probe", "final")
+#: in a run's folder: the name that stores know it by; TensorBoard's events
+IDENTITY, EVENTS = "logged-as.txt", "tensorboard"
+#: Seconds between two looks at the file; for the end of a complete run, and of one that was stopped.
+_POLL_S, _END_S, _STOP_S = 2.0, 60.0, 10.0
 
 
-def require_loggers(names: Iterable[str]) -> None:
-    """Raise FastSSLError where one of ``names`` is no logger, or what it needs is not installed."""
+class Store(Protocol):
+    """Where curves are kept. One thread makes all the calls, which may raise whatever they like."""
+
+    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+        """Open the run ``name`` there, a new one or an older one of that name; its newest step of each of ``KINDS``."""
+
+    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        """Add figures, and at the end words and PNG files (Path), by names that begin with ``kind/``."""
+
+    def close(self, complete: bool) -> None:
+        """Bring everything to its place."""
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/``. They can only be added to, so each start writes them anew."""
+
+    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        shutil.rmtree(folder / EVENTS, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder / EVENTS))
+        for summary in hparams(settings, {"probe/knn": 0.0}):  # add_hparams() would open another folder, as a run
+            self._writer._get_file_writer().add_summary(summary)
+        return {}
+
+    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
+        for name, value in row.items():
+            if isinstance(value, Path):
+                self._writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+            else:
+                (self._writer.add_text if isinstance(value, str) else self._writer.add_scalar)(name, value, step)
+        self._writer.flush()
+
+    def close(self, complete: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, in ``./wandb`` or where WANDB_DIR says. An offline run cannot go on: each start begins anew."""
+
+    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+        import wandb
+
+        online = wandb.setup(wandb.Settings(silent=True)).settings.mode == "online"
+        if online and not wandb.login(prompt=False, verify=False):
+            raise FastSSLError("nobody is logged in: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
+        # Not the console, the code, the command line: folders and passwords may stand there.
+        private = {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True, "host": ""}
+        options = wandb.Settings(silent=True, x_save_requirements=False, **private)
+        what = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": name, "config": settings}
+        self._image = wandb.Image
+        self._run = wandb.init(**what, resume="allow", allow_val_change=True, settings=options)
+        for kind in KINDS:
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+        mine = Path(self._run.dir).parent
+        for old in {*mine.parent.glob(f"offline-run-*-{name}")} - {mine}:
+            shutil.rmtree(old)
+        found = {kind: self._run.summary.get(f"{kind}/step") for kind in KINDS}
+        return {kind: step for kind, step in found.items() if step is not None}
+
+    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        shown = {name: self._image(str(value)) if isinstance(value, Path) else value for name, value in row.items()}
+        self._run.log({f"{kind}/step": step, **shown})
+
+    def close(self, complete: bool) -> None:
+        self._run.finish(exit_code=0 if complete else 1)
+
+
+class MLflow:
+    """MLflow, in ``./mlflow.db`` or where MLFLOW_TRACKING_URI says."""
+
+    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+        for chatty in ("mlflow", "alembic"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        self._client = client = MlflowClient()
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        known = client.get_experiment_by_name(project)
+        experiment = known.experiment_id if known else client.create_experiment(project)
+        found = client.search_runs([experiment], f"attributes.run_name = '{name}'", max_results=1)
+        mine = found[0] if found else client.create_run(experiment, run_name=name)
+        self._id = mine.info.run_id
+        client.update_run(self._id, status="RUNNING")
+        for key in settings.keys() - mine.data.params.keys():  # each is written once
+            client.log_param(self._id, key, settings[key])
+        # Rows come whole and in order, so one curve of each kind tells.
+        steps = {kind: [row.step for row in client.get_metric_history(self._id, f"{kind}/step")] for kind in KINDS}
+        return {kind: max(some) for kind, some in steps.items() if some}
+
+    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now, figures = int(1000 * time.time()), [(f"{kind}/step", float(step))]
+        for name, value in row.items():
+            if isinstance(value, Path):
+                self._client.log_artifact(self._id, str(value))
+            elif isinstance(value, str):
+                self._client.set_tag(self._id, name, value)
+            else:
+                figures.append((name, value))
+        self._client.log_batch(self._id, [Metric(name, value, now, step) for name, value in figures])
+
+    def close(self, complete: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if complete else "KILLED")
+
+
+class Trackio:
+    """Trackio, in ``~/.cache`` or where TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
+
+    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+        off = dict.fromkeys(("auto_log_gpu", "auto_log_cpu", "embed"), False)
+        with redirect_stdout(StringIO()):  # it prints, and standard output is --json's
+            import trackio
+            from trackio.sqlite_storage import SQLiteStorage
+
+            self._run, self._image = trackio.init(PROJECT, name, config=settings, resume="allow", **off), trackio.Image
+        if not self._run._is_local:  # a server says the newest step of all kinds
+            return dict.fromkeys(KINDS, self._run._next_step - 1)
+        logged = SQLiteStorage.get_logs(PROJECT, name, run_id=self._run.id)
+        return {key.partition("/")[0]: row["step"] for row in logged for key in row}
+
+    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        shown = {name: self._image(str(value)) if isinstance(value, Path) else value for name, value in row.items()}
+        self._run.log(shown, step=step)
+
+    def close(self, complete: bool) -> None:
+        with redirect_stdout(StringIO()):
+            self._run.finish()
+
+
+#: name, also of the package and of the extra -> class
+LOGGERS: dict[str, Callable[[], Store]]
+LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """Raise FastSSLError where one of ``names`` is no logger, or its package is not installed."""
     for name in names:
         if name not in LOGGERS:
-            raise FastSSLError(f"log {name!r}: no such logger; there are {', '.join(LOGGERS)}")
-        if missing := [package for package in LOGGERS[name][1] if importlib.util.find_spec(package) is None]:
-            how = f"pip install 'fastssl-vision[{name}]'"
-            raise FastSSLError(f"log {name!r}: {counted(len(missing), 'package')} missing, {', '.join(missing)}; {how}")
-
-
-def forget(folder: Path) -> None:
-    """Delete what a logger would go on with, of another run that was in this folder. Raises OSError."""
-    (folder / _IDENTITY).unlink(missing_ok=True)
-    forget_events(folder)
+            raise FastSSLError(f"{name!r} is no logger; there are {', '.join(LOGGERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise FastSSLError(f"{name} is not installed: pip install 'fastssl-vision[{name}]'")
 
 
 @contextmanager
 def logging_to(
-    names: Iterable[str], folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Let loggers follow a run, whose metrics.jsonl is ready to be added to, to the end of the block. Yields a function
-    that takes what the run has found, the content of ``summary.json``.
-
-    Args:
-        names: of ``LOGGERS``.
-        folder: of the run.
-        config: the resolved recipe.
-        say: prints a line; called by several threads.
+    that takes what a complete run has found, the content of ``summary.json``. ``say`` is called by several threads.
     """
-    threads: list[_Follower] = []
-    try:
-        with_id = LoggedRun(folder.absolute(), _identity(folder) if names else "", config, say)
-        threads = [_Follower(name, with_id) for name in names]
-    except OSError as error:
-        say(f"nothing is logged to {', '.join(names)}: {folder / _IDENTITY}: {error.strerror}")
+    from fastssl.config.against import flat  # loads torch, which --help should not wait for
+
+    settings = {key: value if isinstance(value, (int, float)) else str(value) for key, value in flat(config)}
+    threads = [_Follower(name, folder, settings, say) for name in names]
     for thread in threads:
         thread.start()
-    patience = _STOP_S
+    found: dict[str, Any] = {}
     try:
-        found: dict[str, Any] = {}
         yield found.update
-        for thread in threads:
-            thread.found = found
-        patience = _END_S
     finally:
+        patience = _END_S if found else _STOP_S
         ends = time.monotonic() + patience
         for thread in threads:
+            thread.found = found
             thread.closing.set()
         for thread in threads:
             thread.join(max(0.0, ends - time.monotonic()))
             if thread.is_alive():
-                thread.drop(f"has not come to its end in {patience:.0f} s; metrics.jsonl has what is missing there")
+                thread.drop(f"has not come to its end in {patience:.0f} s")
                 Deadline(folder).give_up()  # nor does the end of the process wait for it
 
 
 class _Follower(threading.Thread):
-    """Shows one logger what appears in the folder of a run.
+    """Shows one logger what is written of a run, until ``closing``; then what a complete one has ``found``."""
 
-    Attributes:
-        closing: set when the run has come to its end, good or bad.
-        found: set before, when it is complete.
-    """
-
-    def __init__(self, name: str, run: LoggedRun):
+    def __init__(self, name: str, folder: Path, settings: dict[str, Any], say: Callable[[str], None]):
         super().__init__(name=f"fastssl-log-{name}", daemon=True)
-        self._named, self._run, self._store = name, run, LOGGERS[name][0]()
+        self._named, self._folder, self._settings, self._say = name, folder, settings, say
+        self._run_name, self._store = _run_name(folder), LOGGERS[name]()
         self.closing, self.found = threading.Event(), dict[str, Any]()
-        self._read = self._step = 0
-        self._dropped = self._viewed = False
+        self._read = self.step = 0
 
     def drop(self, why: str) -> None:
-        """Say once that the run goes on without this logger."""
-        if not self._dropped:
-            self._dropped = True
-            self._run.say(f"{self._named}: {' '.join(shown(why).split())[:300]}; the run goes on without it")
+        """Say that the run goes on without this logger."""
+        said = " ".join(shown(without_folders(why)).split())[:300]
+        self._say(f"{self._named}: {said}; the run goes on without it, and metrics.jsonl has everything")
 
     def run(self) -> None:
         try:
-            with self._patience():
-                self._newest = {**self._store.start(self._run)}
-            while not self._dropped:
+            self._newest, ends = self._store.start(self._run_name, self._folder, self._settings), False
+            while not ends:
                 ends = self.closing.wait(_POLL_S)
-                with self._patience():
-                    self._look()
-                    if ends:
-                        self._end()
-                        return
+                self._look()
+            if self.found:
+                self._show("final", self._end(), self.step)
+            self._store.close(bool(self.found))
         except BaseException as error:  # other people's packages: also what would end an interpreter
-            self.drop(f"failed ({type(error).__name__}: {without_folders(str(error))})")
-
-    @contextmanager
-    def _patience(self) -> Iterator[None]:
-        """Drop a logger that hangs in here. Its thread stays behind."""
-        timer = threading.Timer(_PATIENCE_S, self.drop, [f"has not answered for {_PATIENCE_S / 60:.0f} min"])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+            self.drop(f"failed ({type(error).__name__}: {error})")
 
     def _look(self) -> None:
-        """Show what is new since the last look."""
-        with suppress(FileNotFoundError), (self._run.folder / "metrics.jsonl").open("rb") as file:
+        """Show what was written since the last look."""
+        with (self._folder / "metrics.jsonl").open("rb") as file:
             file.seek(self._read)
-            data = file.read()
-            data = data[: data.rfind(b"\n") + 1]
-            self._read += len(data)
-            for row in rows_in(data.decode(errors="replace").splitlines()):
-                if isinstance(step := row.pop("step", None), int):
-                    self._step = max(self._step, step)
-                    self._show("probe" if row.pop("kind", None) == "probe" else "train", row, step)
-        if not self._viewed and (self._run.folder / "views.png").is_file():
-            self._viewed = True
-            self._picture("views", 0)
+            lines = file.read().rpartition(b"\n")[0]
+        self._read += len(lines) + bool(lines)
+        for row in rows_in(lines.decode(errors="replace").splitlines()):
+            self._show("probe" if row.pop("kind") == "probe" else "train", row, row.pop("step"))
 
-    def _end(self) -> None:
-        """Show what a complete run has found, and close the store."""
-        verdict = None
-        if self.found:
-            verdict, probe = self.found["verdict"]["text"], self.found["probe"]
-            figures = {f"{kind} {row['name']}": row[kind] for row in probe["rows"] for kind in ("knn", "linear")}
-            rates = {name: self.found[name] for name in ("pair_per_s", "view_per_s", "data_wait", "train_seconds")}
-            self._show("final", {**figures, **rates, **self.found["features"]}, self._step)
-            self._picture("neighbours", self._step)
-        self._store.close(verdict)
+    def _end(self) -> dict[str, Any]:
+        """What the run has found."""
+        found, probes = self.found, ("knn", "linear")
+        figures = {f"{probe} {row['name']}": row[probe] for row in found["probe"]["rows"] for probe in probes}
+        rates = {name: found[name] for name in ("pair_per_s", "view_per_s", "train_seconds")}
+        pictures = {name: self._folder / f"{name}.png" for name in ("views", "neighbours")}
+        return {**figures, **rates, **found["features"], "verdict": found["verdict"]["text"], **pictures}
 
     def _show(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+        self.step = max(self.step, step)
         if step > self._newest.get(kind, -1):
-            # Names that every store takes; numbers that are not finite are null in the files.
-            values = {f"{kind}/{re.sub(r'[^ .,_0-9A-Za-z-]', '', name)}": value for name, value in row.items()}
-            figures = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
-            self._store.scalars(kind, figures, step)
-
-    def _picture(self, name: str, step: int) -> None:
-        path = self._run.folder / f"{name}.png"
-        if step > self._newest.get("pictures", -1) and path.is_file():
-            self._store.picture(name, path, step)
+            # In letters that every store takes. What is not finite is null in the files.
+            named = {f"{kind}/{re.sub('[^ .,_0-9A-Za-z-]', '', name)}": value for name, value in row.items()}
+            self._store.add(kind, {name: value for name, value in named.items() if value is not None}, step)
 
 
-def _identity(folder: Path) -> str:
-    """Eight letters that are this run's, also when it goes on."""
-    path = folder / _IDENTITY
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        return str(json.loads(path.read_text())["id"])
-    name = uuid.uuid4().hex[:8]
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps({"id": name}) + "\n"))
-    return name
+def _run_name(folder: Path) -> str:
+    """The folder's, and some letters that are this run's alone, also when it goes on."""
+    path = folder / IDENTITY
+    if not path.is_file():
+        name = f"{re.sub('[^0-9A-Za-z._-]', '-', folder.absolute().name)[:60]}-{uuid.uuid4().hex[:8]}"
+        write_atomically(path, lambda temporary: temporary.write_text(name))
+    return path.read_text()
