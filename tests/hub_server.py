@@ -65,7 +65,7 @@ class _Answer(BaseHTTPRequestHandler):
                 return self._say(403, {"error": "not yours"})
             if repo in server.files:
                 return self._say(409, {"error": "there already"})
-            server.files[repo], server.private[repo] = {}, bool(asked.get("private"))
+            server.files[repo], server.private[repo] = {}, asked.get("visibility") == "private"
             return self._say(200, {"url": f"{server.url}/{repo}"})
         if path == "/api/validate-yaml":  # of a model card
             return self._say(200, {"errors": [], "warnings": []})

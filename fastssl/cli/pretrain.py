@@ -14,13 +14,6 @@ from fastssl.errors import counted, without_folders
 from fastssl.runs.loggers import LOGGERS, require_loggers
 
 
-def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(value.split(","))) if value is not None else ()
-    if unknown := [name for name in names if name not in LOGGERS]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(LOGGERS)}", ctx, param)
-    return names
-
-
 @click.command()
 @input_options(click.option("--out", type=SomePath(), metavar="DIR", help="Default: runs/RECIPE-ARCH."))
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
@@ -35,7 +28,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @click.option(
     "--log",
-    callback=_names,
+    callback=lambda _, __, names: () if names is None else tuple(dict.fromkeys(names.split(","))),
     metavar="NAME,...",
     help="Show the run in tensorboard, wandb, mlflow or trackio; each needs pip install 'fastssl-vision[NAME]'.",
 )
@@ -57,6 +50,8 @@ def pretrain(wanted: Wanted, out: Path | None, json_path: str | None, **how: Any
     """
     from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 
+    if unknown := [name for name in how["log"] if name not in LOGGERS]:
+        raise click.UsageError(f"--log {unknown[0]!r} is none of {', '.join(LOGGERS)}")
     world = world_from_environment()
     if not world.is_main:
         console.quiet = True  # the first process speaks for all

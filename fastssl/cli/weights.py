@@ -175,9 +175,7 @@ def push(
     fastssl push runs/mine me/places --private --license apache-2.0
     """
     if (private and update) or name.count("/") != 1:
-        raise click.UsageError(
-            "NAME has two parts, USER/NAME; --private is for a new one, --update for one that is there"
-        )
+        raise click.UsageError("a name is USER/NAME; --private is for a new repository, --update for one that is there")
 
     from fastssl.report.hub import upload, write_repo
 
@@ -186,6 +184,6 @@ def push(
         trained = write_repo(run, name, folder, **card)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         address = None if dry_run else upload(folder, name, private=private, update=update)
-    size = f"{counted(len(files), 'file')}, {sum(files.values()) / 1e6:.1f} MB: {', '.join(files)}"
-    console.say(f"{address or f'{dry_run}, nothing was sent'}: {size}")
+    size = f"{counted(len(files), 'file')}, {sum(files.values()) / 1e6:.1f} MB"
+    console.say(f"{address or f'{dry_run}, nothing was sent'}: {size}: {', '.join(files)}")
     write_json(json_path, {**trained.record(), "name": name, "address": address, "files": files})

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from fastssl._version import __version__
 from fastssl.config.recipe import Recipe
-from fastssl.errors import FastSSLError, counted
+from fastssl.errors import FastSSLError, counted, without_folders
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.report.page import headline
 from fastssl.report.run_record import RunRecord, get, read_run
@@ -50,8 +50,8 @@ def model_card(run: RunRecord, trained: Trained, name: str, license: str | None,
     for row in get(run.summary, "probe", "rows") or ():
         if None not in row.values():
             table.append(f"| {row['name']} | {row['knn']:.1f} % | {row['linear']:.1f} % |")
-    told = [get(run.summary, "verdict", "text"), get(run.summary, "probe", "note")]
-    figures = "\n".join([*(table if table[2:] else ()), "", *filter(None, told)])
+    told = f"{get(run.summary, 'verdict', 'text') or ''}\n\n{get(run.summary, 'probe', 'note') or ''}"
+    told = told.replace(run.config.get("val") or "\0", "other photos")
     photos, classes = counted(get(run.config, "data", "samples") or 0, "photo"), get(run.summary, "data", "classes")
     labels = f", of {counted(classes, 'class')}; labels were used to judge alone" if classes else ", without labels"
     recipe = {field.name: run.config[field.name] for field in dataclasses.fields(Recipe) if field.name in run.config}
@@ -64,7 +64,6 @@ def model_card(run: RunRecord, trained: Trained, name: str, license: str | None,
 
 ```python
 import timm
-
 backbone = timm.create_model("hf-hub:{name}", pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
 features = backbone(transform(photo).unsqueeze(0))  # of a picture of PIL in RGB
@@ -72,7 +71,9 @@ features = backbone(transform(photo).unsqueeze(0))  # of a picture of PIL in RGB
 
 ## Figures
 
-{figures}
+{chr(10).join(table if table[2:] else ())}
+
+{told}
 
 ## Data and recipe
 
@@ -81,14 +82,13 @@ features = backbone(transform(photo).unsqueeze(0))  # of a picture of PIL in RGB
 `{run.config.get("recipe")}`, with all values:
 
 ```yaml
-{yaml.safe_dump(recipe, sort_keys=False)}```
+{without_folders(yaml.safe_dump(recipe, sort_keys=False))}```
 """
 
 
 def upload(folder: Path, name: str, *, private: bool, update: bool) -> str:
     """Put a folder's files into the repository ``name``, a new one (``private``: for its owner alone), or with
-    ``update`` over those of one that is there; its address.
-    Raises FastSSLError: no token, no network, a name that cannot be or is taken, a token that may not write there.
+    ``update`` one that is there; its address. Raises FastSSLError where the hub cannot be reached or refuses it.
     """
     api = HfApi(library_name="fastssl", library_version=__version__)
     try:

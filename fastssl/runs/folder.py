@@ -202,14 +202,13 @@ class RunFolder:
                 f"{self.path}: holds milestones of an earlier run and no checkpoint to go on from; choose "
                 "another --out, or --resume never to start over"
             )
-        for name in _RESULTS:
+        for name in (*_RESULTS, IDENTITY):
             (self.path / name).unlink(missing_ok=True)
         old = [path for pattern in _CHECKPOINTS for path in self.checkpoints.glob(pattern)]
         for path in old:
             path.unlink()
         if old:
             self.say(f"{self.checkpoints}: of an earlier run {counted(len(old), 'file')} deleted")
-        (self.path / IDENTITY).unlink(missing_ok=True)
         for name in (BAD_STEPS, EVENTS):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastssl.utils.deadline import Deadline
 
 #: in which the stores' own programs show the runs, unless their environment variables say another
 PROJECT = "fastssl"
+Values, Say = dict[str, Any], Callable[[str], None]
 #: with which all names of curves begin, ``train/loss``: steps, probes between them, the end's figures and pictures
 KINDS = ("train", "probe", "final")
 #: in a run's folder: the name that stores know it by; TensorBoard's events
@@ -40,10 +42,10 @@ _POLL_S, _END_S, _STOP_S = 2.0, 60.0, 10.0
 class Store(Protocol):
     """Where curves are kept. One thread makes all the calls, which may raise whatever they like."""
 
-    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+    def start(self, name: str, folder: Path, settings: Values) -> Mapping[str, float]:
         """Open the run ``name`` there, a new one or an older one of that name; its newest step of each of ``KINDS``."""
 
-    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+    def add(self, kind: str, row: Values, step: int) -> None:
         """Add figures, and at the end words and PNG files (Path), by names that begin with ``kind/``."""
 
     def close(self, complete: bool) -> None:
@@ -53,7 +55,7 @@ class Store(Protocol):
 class TensorBoard:
     """Event files in ``tensorboard/``. They can only be added to, so each start writes them anew."""
 
-    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+    def start(self, name: str, folder: Path, settings: Values) -> Mapping[str, float]:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -63,13 +65,12 @@ class TensorBoard:
             self._writer._get_file_writer().add_summary(summary)
         return {}
 
-    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
-        import numpy as np
-        from PIL import Image
+    def add(self, kind: str, row: Values, step: int) -> None:
+        from torchvision.io import read_image
 
         for name, value in row.items():
             if isinstance(value, Path):
-                self._writer.add_image(name, np.asarray(Image.open(value).convert("RGB")), step, dataformats="HWC")
+                self._writer.add_image(name, read_image(str(value)), step)
             else:
                 (self._writer.add_text if isinstance(value, str) else self._writer.add_scalar)(name, value, step)
         self._writer.flush()
@@ -81,7 +82,7 @@ class TensorBoard:
 class WandB:
     """Weights & Biases, in ``./wandb`` or where WANDB_DIR says. An offline run cannot go on: each start begins anew."""
 
-    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+    def start(self, name: str, folder: Path, settings: Values) -> Mapping[str, float]:
         import wandb
 
         online = wandb.setup(wandb.Settings(silent=True)).settings.mode == "online"
@@ -91,17 +92,16 @@ class WandB:
         private = {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True, "host": ""}
         options = wandb.Settings(silent=True, x_save_requirements=False, **private)
         what = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": name, "config": settings}
-        self._image = wandb.Image
-        self._run = wandb.init(**what, resume="allow", allow_val_change=True, settings=options)
+        what |= {"resume": "allow", "allow_val_change": True, "settings": options}
+        self._run, self._image = wandb.init(**what), wandb.Image
         for kind in KINDS:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
         mine = Path(self._run.dir).parent
         for old in {*mine.parent.glob(f"offline-run-*-{name}")} - {mine}:
             shutil.rmtree(old)
-        found = {kind: self._run.summary.get(f"{kind}/step") for kind in KINDS}
-        return {kind: step for kind, step in found.items() if step is not None}
+        return {kind: self._run.summary.get(f"{kind}/step", -1) for kind in KINDS}
 
-    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+    def add(self, kind: str, row: Values, step: int) -> None:
         shown = {name: self._image(str(value)) if isinstance(value, Path) else value for name, value in row.items()}
         self._run.log({f"{kind}/step": step, **shown})
 
@@ -112,7 +112,7 @@ class WandB:
 class MLflow:
     """MLflow, in ``./mlflow.db`` or where MLFLOW_TRACKING_URI says."""
 
-    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+    def start(self, name: str, folder: Path, settings: Values) -> Mapping[str, float]:
         for chatty in ("mlflow", "alembic"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         from mlflow import MlflowClient
@@ -131,7 +131,7 @@ class MLflow:
         steps = {kind: [row.step for row in client.get_metric_history(self._id, f"{kind}/step")] for kind in KINDS}
         return {kind: max(some) for kind, some in steps.items() if some}
 
-    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+    def add(self, kind: str, row: Values, step: int) -> None:
         from mlflow.entities import Metric
 
         now, figures = int(1000 * time.time()), [(f"{kind}/step", float(step))]
@@ -151,7 +151,7 @@ class MLflow:
 class Trackio:
     """Trackio, in ``~/.cache`` or where TRACKIO_DIR, TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say."""
 
-    def start(self, name: str, folder: Path, settings: dict[str, Any]) -> Mapping[str, float]:
+    def start(self, name: str, folder: Path, settings: Values) -> Mapping[str, float]:
         off = dict.fromkeys(("auto_log_gpu", "auto_log_cpu", "embed"), False)
         with redirect_stdout(StringIO()):  # it prints, and standard output is --json's
             import trackio
@@ -163,7 +163,7 @@ class Trackio:
         logged = SQLiteStorage.get_logs(PROJECT, name, run_id=self._run.id)
         return {key.partition("/")[0]: row["step"] for row in logged for key in row}
 
-    def add(self, kind: str, row: Mapping[str, Any], step: int) -> None:
+    def add(self, kind: str, row: Values, step: int) -> None:
         shown = {name: self._image(str(value)) if isinstance(value, Path) else value for name, value in row.items()}
         self._run.log(shown, step=step)
 
@@ -173,8 +173,7 @@ class Trackio:
 
 
 #: name, also of the package and of the extra -> class
-LOGGERS: dict[str, Callable[[], Store]]
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+LOGGERS: dict[str, type[Store]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -187,84 +186,68 @@ def require_loggers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def logging_to(
-    names: Sequence[str], folder: Path, config: Mapping[str, Any], say: Callable[[str], None]
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def logging_to(names: Sequence[str], folder: Path, config: Values, say: Say) -> Iterator[Callable[[Values], None]]:
     """Let loggers follow a run, whose metrics.jsonl is ready to be added to, to the end of the block. Yields a function
     that takes what a complete run has found, the content of ``summary.json``. ``say`` is called by several threads.
     """
     from fastssl.config.against import flat  # loads torch, which --help should not wait for
 
     settings = {key: value if isinstance(value, (int, float)) else str(value) for key, value in flat(config)}
-    threads = [_Follower(name, folder, settings, say) for name in names]
-    for thread in threads:
+    end: Future[Values] = Future()
+    run = (_run_name(folder) if names else "", folder, settings, end, say)
+    threads = {name: threading.Thread(target=_follow, args=(name, *run), daemon=True) for name in names}
+    for thread in threads.values():
         thread.start()
-    found: dict[str, Any] = {}
     try:
-        yield found.update
+        yield end.set_result
     finally:
-        patience = _END_S if found else _STOP_S
-        ends = time.monotonic() + patience
-        for thread in threads:
-            thread.found = found
-            thread.closing.set()
-        for thread in threads:
-            thread.join(max(0.0, ends - time.monotonic()))
+        latest = time.monotonic() + (_END_S if end.done() else _STOP_S)
+        if not end.done():
+            end.set_result({})
+        for name, thread in threads.items():
+            thread.join(max(0.0, latest - time.monotonic()))
             if thread.is_alive():
-                thread.drop(f"has not come to its end in {patience:.0f} s")
+                _drop(name, "hangs", say)
                 Deadline(folder).give_up()  # nor does the end of the process wait for it
 
 
-class _Follower(threading.Thread):
-    """Shows one logger what is written of a run, until ``closing``; then what a complete one has ``found``."""
+def _follow(logger: str, name: str, folder: Path, settings: Values, end: Future[Values], say: Say) -> None:
+    """Show one logger what is written of a run until its ``end``, and then what a complete one has found."""
+    read, last, ended = 0, 0, False
+    try:
+        store = LOGGERS[logger]()
+        newest = store.start(name, folder, settings)
+        while not ended:
+            ended = bool(wait([end], _POLL_S).done)
+            with (folder / "metrics.jsonl").open("rb") as file:
+                file.seek(read)
+                lines = file.read().rpartition(b"\n")[0]
+            read += len(lines) + bool(lines)
+            rows = rows_in(lines.decode(errors="replace").splitlines())
+            new = [("probe" if row.pop("kind") == "probe" else "train", row.pop("step"), row) for row in rows]
+            last = max([last, *(step for _, step, _ in new)])
+            if ended and end.result():
+                new.append(("final", last, _figures(end.result(), folder)))
+            for kind, step, row in new:
+                if step > newest.get(kind, -1):
+                    # In letters that every store takes. What is not finite is null in the files.
+                    named = {f"{kind}/{re.sub('[^ .,_0-9A-Za-z-]', '', key)}": value for key, value in row.items()}
+                    store.add(kind, {key: value for key, value in named.items() if value is not None}, step)
+        store.close(bool(end.result()))
+    except BaseException as error:  # other people's packages: also what would end an interpreter
+        _drop(logger, f"failed ({type(error).__name__}: {error})", say)
 
-    def __init__(self, name: str, folder: Path, settings: dict[str, Any], say: Callable[[str], None]):
-        super().__init__(name=f"fastssl-log-{name}", daemon=True)
-        self._named, self._folder, self._settings, self._say = name, folder, settings, say
-        self._run_name, self._store = _run_name(folder), LOGGERS[name]()
-        self.closing, self.found = threading.Event(), dict[str, Any]()
-        self._read = self.step = 0
 
-    def drop(self, why: str) -> None:
-        """Say that the run goes on without this logger."""
-        said = " ".join(shown(without_folders(why)).split())[:300]
-        self._say(f"{self._named}: {said}; the run goes on without it, and metrics.jsonl has everything")
+def _figures(found: Values, folder: Path) -> Values:
+    figures = {f"{probe} {row['name']}": row[probe] for row in found["probe"]["rows"] for probe in ("knn", "linear")}
+    pictures = {name: folder / f"{name}.png" for name in ("views", "neighbours")}
+    rates = {name: found[name] for name in ("pair_per_s", "view_per_s", "train_seconds")}
+    return {**figures, **rates, **found["features"], "verdict": found["verdict"]["text"], **pictures}
 
-    def run(self) -> None:
-        try:
-            self._newest, ends = self._store.start(self._run_name, self._folder, self._settings), False
-            while not ends:
-                ends = self.closing.wait(_POLL_S)
-                self._look()
-            if self.found:
-                self._show("final", self._end(), self.step)
-            self._store.close(bool(self.found))
-        except BaseException as error:  # other people's packages: also what would end an interpreter
-            self.drop(f"failed ({type(error).__name__}: {error})")
 
-    def _look(self) -> None:
-        """Show what was written since the last look."""
-        with (self._folder / "metrics.jsonl").open("rb") as file:
-            file.seek(self._read)
-            lines = file.read().rpartition(b"\n")[0]
-        self._read += len(lines) + bool(lines)
-        for row in rows_in(lines.decode(errors="replace").splitlines()):
-            self._show("probe" if row.pop("kind") == "probe" else "train", row, row.pop("step"))
-
-    def _end(self) -> dict[str, Any]:
-        """What the run has found."""
-        found, probes = self.found, ("knn", "linear")
-        figures = {f"{probe} {row['name']}": row[probe] for row in found["probe"]["rows"] for probe in probes}
-        rates = {name: found[name] for name in ("pair_per_s", "view_per_s", "train_seconds")}
-        pictures = {name: self._folder / f"{name}.png" for name in ("views", "neighbours")}
-        return {**figures, **rates, **found["features"], "verdict": found["verdict"]["text"], **pictures}
-
-    def _show(self, kind: str, row: Mapping[str, Any], step: int) -> None:
-        self.step = max(self.step, step)
-        if step > self._newest.get(kind, -1):
-            # In letters that every store takes. What is not finite is null in the files.
-            named = {f"{kind}/{re.sub('[^ .,_0-9A-Za-z-]', '', name)}": value for name, value in row.items()}
-            self._store.add(kind, {name: value for name, value in named.items() if value is not None}, step)
+def _drop(logger: str, why: str, say: Say) -> None:
+    said = " ".join(shown(without_folders(why)).split())[:300]
+    say(f"{logger}: {said}; the run goes on without it, and metrics.jsonl has everything")
 
 
 def _run_name(folder: Path) -> str:

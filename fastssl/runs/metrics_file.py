@@ -97,10 +97,7 @@ def rows_in(lines: Iterable[str]) -> list[dict[str, Any]]:
     """The objects in lines of JSON; other lines are passed over."""
     found = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # also numbers of thousands of digits
-            continue
-        if isinstance(row, dict):
-            found.append(row)
+        with suppress(ValueError, RecursionError):  # also numbers of thousands of digits
+            if isinstance(row := json.loads(line), dict):
+                found.append(row)
     return found

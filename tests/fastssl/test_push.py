@@ -16,7 +16,10 @@ from small_run import Silent, options, small
 
 import fastssl
 from fastssl.cli import main
+from fastssl.evaluate.trained import load_trained
 from fastssl.pretrain import pretrain
+from fastssl.report.hub import model_card
+from fastssl.report.run_record import read_run
 
 TOKEN = "hf_" + "t" * 30
 
@@ -26,6 +29,18 @@ def run(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dr-secret") / "secret-clinic"
     pretrain(small("train.epochs=1", "probe.every_epochs=0"), options(beton, out), Silent())
     return out
+
+
+def test_the_card_names_no_file_and_no_folder(run: Path) -> None:
+    record = read_run(run)
+    record.summary["probe"]["note"] = "kNN, judged on patients-val.beton, which pre-training never saw"
+    record.config["val"], record.config["full_recipe"] = "patients-val.beton", "/home/secret/recipe.yaml"
+    card = model_card(record, load_trained(run), "me/places", None, [])
+    assert "judged on other photos, which" in card and "full_recipe: recipe.yaml" in card
+    for private in ("secret", "patients", "photos.beton", "blue", "png", str(Path.home())):
+        assert private not in card
+    del record.summary["probe"], record.summary["verdict"]
+    assert "| kNN |" not in model_card(record, load_trained(run), "me/places", None, [])
 
 
 @pytest.fixture
@@ -65,8 +80,6 @@ def test_timm_loads_what_was_pushed(run: Path, hub: Hub, tmp_path: Path, capsys:
     assert summary["verdict"]["text"] in text and "48 photos, of 3 classes" in text
     recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     assert recipe["optim"]["lr"] == 0.12 and recipe["views"][0]["size"] == 32
-    for private in ("secret", "photos.beton", "blue", "png", str(Path.home())):
-        assert private not in card
 
     # As somebody else does, who has nothing of this machine.
     load = """
