@@ -1,8 +1,7 @@
 """``--log``: a run's curves, pictures and settings in TensorBoard, Weights & Biases, MLflow and Trackio.
 
 ``metrics.jsonl`` is the truth. Each logger is a thread that follows this file, so no step waits for it and no run ends
-with it: one that fails or does not answer is told once, and dropped. A run that goes on shows it all rows again; of
-each kind those are left out that are not newer than what its store has.
+with it: one that fails or hangs is told, and dropped. A run that goes on shows all rows again but what a store has.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from fastssl.utils.deadline import Deadline
 
 #: in which the stores' own programs show the runs, unless their environment variables say another
 PROJECT = "fastssl"
-Values, Say = dict[str, Any], Callable[[str], None]
+Values = dict[str, Any]
+Say = Callable[[str], None]
 #: with which all names of curves begin, ``train/loss``: steps, probes between them, the end's figures and pictures
 KINDS = ("train", "probe", "final")
 #: in a run's folder: the name that stores know it by; TensorBoard's events
@@ -66,11 +66,11 @@ class TensorBoard:
         return {}
 
     def add(self, kind: str, row: Values, step: int) -> None:
-        from torchvision.io import read_image
+        from matplotlib.image import imread
 
         for name, value in row.items():
             if isinstance(value, Path):
-                self._writer.add_image(name, read_image(str(value)), step)
+                self._writer.add_image(name, imread(value), step, dataformats="HWC")
             else:
                 (self._writer.add_text if isinstance(value, str) else self._writer.add_scalar)(name, value, step)
         self._writer.flush()
@@ -89,11 +89,19 @@ class WandB:
         if online and not wandb.login(prompt=False, verify=False):
             raise FastSSLError("nobody is logged in: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
         # Not the console, the code, the command line: folders and passwords may stand there.
-        private = {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True, "host": ""}
-        options = wandb.Settings(silent=True, x_save_requirements=False, **private)
-        what = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": name, "config": settings}
-        what |= {"resume": "allow", "allow_val_change": True, "settings": options}
-        self._run, self._image = wandb.init(**what), wandb.Image
+        private: Values = {
+            "console": "off",
+            "disable_git": True,
+            "disable_code": True,
+            "x_disable_meta": True,
+            "host": "",
+        }
+        what: Values = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": name, "config": settings}
+        options = {**private, "silent": True, "x_save_requirements": False}
+        self._run, self._image = (
+            wandb.init(**what, resume="allow", allow_val_change=True, settings=options),
+            wandb.Image,
+        )
         for kind in KINDS:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
         mine = Path(self._run.dir).parent
