@@ -17,6 +17,7 @@ from fastssl.distributed.world import first_of_host_speaks, world_from_environme
 from fastssl.errors import FastSSLError, Interrupted, counted
 from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.report.finish import finish_run
+from fastssl.runs.loggers import logging_to, require_loggers
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
@@ -48,6 +49,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         if recipe.train.deterministic:
             files.enter_context(only_deterministic())
         with first_of_host_speaks():
+            require_loggers(options.log)
             device = choose_device(options.device, world)
             reader = files.enter_context(open_beton(options.data))
             val = files.enter_context(open_beton(options.val)) if options.val else None
@@ -67,6 +69,8 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                     run = prepare(recipe, options, reader, val, log, world, device)
                     files.callback(run.close)
                     run.tell_status("training")
+                    names = options.log if world.is_main else ()
+                    tell = files.enter_context(logging_to(names, options.out, run.config, log.message))
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.
                     listening.enter_context(run.stop.by_signals())
@@ -90,5 +94,6 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
         before = "a random one, the weights as they came" if options.init else "the same network before training"
         log.note(f"probing: the trained network, {before}, raw pixels, colours")
         summary = finish_run(run, started)
+        tell(summary)
         run.tell_status("finished")
         return summary

@@ -35,6 +35,7 @@ COMMANDS = {
     "search": LazyCommand(".embed", "search", "Find the photos like one, or those that are nearly alike."),
     "export": LazyCommand(".weights", "export", "Write a backbone for timm, torchvision or ONNX."),
     "import": LazyCommand(".weights", "import_", "Take over a backbone that others trained."),
+    "push": LazyCommand(".weights", "push", "Put a backbone on the Hugging Face hub, with a model card."),
     "bench": LazyCommand(".bench", "bench", "Measure images/s of every part, beside its ceiling; write the report."),
     "estimate": LazyCommand(".estimate", "estimate", "Say what a run will cost here, from a minute of measuring."),
     "views": LazyCommand(".views", "views", "Draw the views a recipe makes from your photos."),

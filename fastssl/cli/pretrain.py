@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,7 @@ from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
 from fastssl.cli.inputs import Wanted, choose_inputs, input_options
 from fastssl.errors import counted, without_folders
+from fastssl.runs.loggers import LOGGERS, require_loggers
 
 
 @click.command()
@@ -32,18 +34,16 @@ from fastssl.errors import counted, without_folders
     help="With a recipe of method distill: the teacher sees the views of N epochs once, before the first step, and the "
     "epochs share them; kept beside the photos for other runs. The same as --set distill.cache_epochs=N.",
 )
+@click.option(
+    "--log",
+    callback=lambda _, __, names: () if names is None else tuple(dict.fromkeys(names.split(","))),
+    metavar="NAME,...",
+    help="Show the run in tensorboard, wandb, mlflow or trackio; each needs pip install 'fastssl-vision[NAME]'.",
+)
 @click.option("--check", is_flag=True, help="Compare a compiled or recorded step with the eager one at the start.")
 @quiet_option
 @json_option
-def pretrain(
-    wanted: Wanted,
-    out: Path | None,
-    seed: int,
-    resume: str,
-    cache_teacher: int | None,
-    check: bool,
-    json_path: str | None,
-) -> None:
+def pretrain(wanted: Wanted, out: Path | None, json_path: str | None, cache_teacher: int | None, **how: Any) -> None:
     """Pre-train a backbone without labels, and show what it learned.
 
     \b
@@ -60,6 +60,8 @@ def pretrain(
     """
     from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 
+    if unknown := [name for name in how["log"] if name not in LOGGERS]:
+        raise click.UsageError(f"--log {unknown[0]!r} is none of {', '.join(LOGGERS)}")
     world = world_from_environment()
     if not world.is_main:
         console.quiet = True  # the first process speaks for all
@@ -75,7 +77,8 @@ def pretrain(
         cached = f"distill.cache_epochs={cache_teacher}"
         wanted = dataclasses.replace(wanted, overrides=(*wanted.overrides, cached))
     with first_of_host_speaks():
-        inputs = choose_inputs(wanted, processes=world.size, run=out if resume != "never" else None)
+        require_loggers(how["log"])
+        inputs = choose_inputs(wanted, processes=world.size, run=out if how["resume"] != "never" else None)
     options = RunOptions(
         recipe_name=inputs.name,
         data=inputs.data,
@@ -83,12 +86,10 @@ def pretrain(
         out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
         device=wanted.device,
         pipeline=wanted.pipeline,
-        seed=seed,
         workers=wanted.workers,
-        resume=resume,
-        check=check,
         init=inputs.init,
         command=without_folders(command_line(click.get_current_context())),
+        **how,
     )
     with RunProgress(console, quiet=not console.notes) as progress:
         summary = run(inputs.recipe, options, progress)

@@ -1,19 +1,20 @@
-"""``fastssl export``: a backbone in the form in which others take it. ``fastssl import``: one that others trained, for
-evaluate and export. Of several processes the first does it for all.
+"""``fastssl export``: a backbone in the form in which others take it. ``fastssl push``: on the Hugging Face hub.
+``fastssl import``: one that others trained, for evaluate and export. Of several processes the first does it for all.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, json_option, write_json
+from fastssl.cli.common import SomePath, console, json_option, write_json
 from fastssl.cli.evaluate.common import which_option
 from fastssl.distributed.world import world_from_environment
-from fastssl.errors import printable
+from fastssl.errors import counted, printable
 
 if TYPE_CHECKING:
     from fastssl.weights.importing import Matched
@@ -149,3 +150,40 @@ def _show(matched: Matched, source: Path, destination: Path, *, err: bool) -> No
     title = f"{printable(source.name)}: {matched.arch}, {network}layout {matched.layout}"
     lines = [f"  {group:20} {count:6,}  {why}" for group, count, why in rows]
     click.echo("\n".join([title, *lines, f"written: {destination}"]), err=err)
+
+
+@click.command()
+@click.argument("run", type=SomePath())
+@click.argument("name", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make a repository that its owner alone sees.")
+@click.option("--update", is_flag=True, help="The repository is there: write over its files.")
+@click.option("--license", metavar="ID", help="Of the weights: apache-2.0, cc-by-4.0, ... Default: the card says none.")
+@click.option("--pictures", is_flag=True, help="Also views.png and neighbours.png, on which your photos are seen.")
+@click.option("--dry-run", type=SomePath(), metavar="DIR", help="Write into DIR what would be sent, and send nothing.")
+@which_option
+@json_option
+def push(
+    run: Path, name: str, private: bool, update: bool, dry_run: Path | None, json_path: str | None, **card: Any
+) -> None:
+    """Put the backbone of RUN, a run's folder, on the Hugging Face hub, with a model card of its figures and recipe.
+
+    timm loads it there: timm.create_model("hf-hub:USER/NAME", pretrained=True, num_classes=0). Of the photos nothing
+    is sent but how many they are. Needs `hf auth login`, or HF_TOKEN.
+
+    \b
+    fastssl push runs/mine me/places --dry-run places
+    fastssl push runs/mine me/places --private --license apache-2.0
+    """
+    if (private and update) or name.count("/") != 1:
+        raise click.UsageError("a name is USER/NAME; --private is for a new repository, --update for one that is there")
+
+    from fastssl.report.hub import upload, write_repo
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = dry_run or Path(temporary) / "repository"
+        trained = write_repo(run, name, folder, **card)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        address = None if dry_run else upload(folder, name, private=private, update=update)
+    size = f"{counted(len(files), 'file')}, {sum(files.values()) / 1e6:.1f} MB"
+    console.say(f"{address or f'{dry_run}, nothing was sent'}: {size}: {', '.join(files)}")
+    write_json(json_path, {**trained.record(), "name": name, "address": address, "files": files})

@@ -99,7 +99,7 @@ def facts_of(name: str) -> dict[str, dict[str, Any]]:
         for part, values in facts_of(base).items():
             facts[part].update(values)
     for source, tree in entry.get("published", {}).items():
-        facts["published"] |= {key: (value, source, "") for key, value in _flat(tree)}
+        facts["published"] |= {key: (value, source, "") for key, value in flat(tree)}
     for keys, why in entry.get("no source", {}).items():  # {"optim.lr, train.epochs": reason}
         facts["published"] |= dict.fromkeys(keys.split(", "), (None, "", why))
     for keys, why in entry.get("ours", {}).items():
@@ -110,11 +110,11 @@ def facts_of(name: str) -> dict[str, dict[str, Any]]:
     return facts
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(``optim.lr``, 0.1) of all values of nested mappings, and of lists of them (``views.0.size``)."""
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -131,7 +131,7 @@ def _resolved(recipe: Recipe) -> dict[str, Any]:
             of = {kind: getattr(spec, name) for kind, spec in kinds.items()}
             for kind, value in (of if len(set(of.values())) > 1 else {"augment": of["global_1"]}).items():
                 plain["views"][kind][name] = list(value) if isinstance(value, tuple) else value
-    return dict(_flat(plain))
+    return dict(flat(plain))
 
 
 def in_yaml(value: Any) -> str:

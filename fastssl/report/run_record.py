@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.errors import FastSSLError
+from fastssl.runs.metrics_file import rows_in
 from fastssl.utils.plain_file import read_plain
 from fastssl.utils.yaml_file import MAX_BYTES, parse_yaml
 
@@ -67,12 +68,8 @@ def read_run(folder: str | Path) -> RunRecord:
     for name, value in (("config.yaml", config), ("summary.json", summary)):
         if not isinstance(value, dict):
             raise FastSSLError(f"{folder / name}: holds no mapping of keys to values")
-    rows: list[dict[str, Any]] = []
     lines = list(filter(str.strip, _text(folder / "metrics.jsonl").splitlines()))
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            if isinstance(row := json.loads(line), dict):
-                rows.append(row)
+    rows = rows_in(lines)
     steps, probes = ([row for row in rows if row.get("kind") == kind] for kind in ("step", "probe"))
     return RunRecord(folder, summary, config, config_text, steps, probes, unreadable=len(lines) - len(rows))
 

@@ -21,6 +21,7 @@ from fastssl.config.resolved import differences
 from fastssl.distributed.world import Launch
 from fastssl.errors import FastSSLError, counted
 from fastssl.runs.checkpoint import INITIAL, LAST, find_checkpoint, load_checkpoint, set_aside
+from fastssl.runs.loggers import EVENTS, IDENTITY
 from fastssl.runs.metrics_file import MetricsFile
 from fastssl.runs.nonfinite import BAD_STEPS
 from fastssl.runs.status import read_status
@@ -201,15 +202,16 @@ class RunFolder:
                 f"{self.path}: holds milestones of an earlier run and no checkpoint to go on from; choose "
                 "another --out, or --resume never to start over"
             )
-        for name in _RESULTS:
+        for name in (*_RESULTS, IDENTITY):
             (self.path / name).unlink(missing_ok=True)
         old = [path for pattern in _CHECKPOINTS for path in self.checkpoints.glob(pattern)]
         for path in old:
             path.unlink()
         if old:
             self.say(f"{self.checkpoints}: of an earlier run {counted(len(old), 'file')} deleted")
-        if (self.path / BAD_STEPS).is_dir():
-            shutil.rmtree(self.path / BAD_STEPS)
+        for name in (BAD_STEPS, EVENTS):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
         self.metrics.clear()
 
 

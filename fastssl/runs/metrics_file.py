@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,7 @@ class MetricsFile:
     def rows(self) -> list[dict[str, Any]]:
         """All whole rows, also those that still wait; a line that a kill cut short is passed over."""
         lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
-        found = []
-        for line in (*lines, *self._waiting):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):  # also numbers of thousands of digits
-                continue
-            if isinstance(row, dict):
-                found.append(row)
-        return found
+        return rows_in([*lines, *self._waiting])
 
     def cut(self, step: int, *, probed: bool) -> None:
         """Drop the rows behind ``step``: those steps are about to be made again.
@@ -98,3 +91,13 @@ class MetricsFile:
         """Start over with an empty file."""
         self._waiting = []
         self.path.write_text("")
+
+
+def rows_in(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The objects in lines of JSON; other lines are passed over."""
+    found = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):  # also numbers of thousands of digits
+            if isinstance(row := json.loads(line), dict):
+                found.append(row)
+    return found

@@ -69,6 +69,7 @@ class RunOptions:
             that goes on has its own.
         check: compare a compiled or recorded step with the eager one at the start (``TrainStep``).
         command: the call of the command line that this is part of, for the report; folders left out.
+        log: names of loggers (``fastssl.runs.loggers.LOGGERS``) that follow the run.
     """
 
     recipe_name: str
@@ -83,6 +84,7 @@ class RunOptions:
     command: str | None = None
     check: bool = False
     init: Trained | None = None
+    log: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
