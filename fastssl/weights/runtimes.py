@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import statistics
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -39,10 +39,7 @@ class FromPixels(nn.Sequential):
 
 
 def require_packages(format: str, *packages: str) -> None:
-    """
-    Raises:
-        FastSSLError: one of the packages that the extra ``format`` installs is not there.
-    """
+    """FastSSLError where one of the packages that the extra ``format`` installs is not there."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise FastSSLError(f"--format {format} needs {' and '.join(missing)}: pip install 'fastssl-vision[{format}]'")
 
@@ -81,9 +78,5 @@ def one_by_one(run: Run) -> Run:
 
 def milliseconds(run: Run, size: int) -> float:
     """For one image: the median of 30 runs after 5 others."""
-    image, took = torch.zeros(1, 3, size, size), []
-    for _ in range(35):
-        started = time.perf_counter()
-        run(image)
-        took.append(1000 * (time.perf_counter() - started))
-    return statistics.median(took[5:])
+    image = torch.zeros(1, 3, size, size)
+    return 1000 * statistics.median(timeit.repeat(lambda: run(image), number=1, repeat=35)[5:])

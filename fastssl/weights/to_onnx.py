@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def require_onnx() -> None:
-    """
-    Raises:
-        FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not
-            installed.
-    """
+    """Torch's exporter stands on onnxscript, and onnxruntime runs the file."""
     require_packages("onnx", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -114,16 +110,12 @@ def write_onnx(
 
     Args:
         network: in plain layout: channels-last would put a transposition around every convolution.
-        about: into the file's metadata.
-        size: side of the images that the file will take.
-        calibration: (N, 3, size, size) images, which give the ranges of activations: weights are int8 for each
-            channel then, activations int8 for each tensor (QDQ). None: float32.
+        about: into the file's metadata. size: side of the images that the file will take.
+        calibration: (N, 3, size, size) images, whose activations give the ranges of int8 for each tensor; weights are
+            int8 for each channel. None: float32.
 
     Returns:
-        the file as a function, on one thread.
-
-    Raises:
-        FastSSLError: onnx is missing, or the network cannot be expressed in ONNX at this size.
+        the file as a function, on one thread. FastSSLError: the network cannot be expressed at this size.
     """
     require_onnx()
     import onnx
@@ -162,20 +154,17 @@ def write_onnx(
 
 
 def _quantised(model: onnx.ModelProto, path: Path, calibration: Tensor) -> onnx.ModelProto:
-    """By way of a file beside ``path``."""
+    """By way of ``path``."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Photos(CalibrationDataReader):
-        images = iter(calibration.split(1))
+        images = iter([{INPUT: image.numpy()} for image in calibration.split(1)])
 
         def get_next(self) -> dict[str, Any] | None:
-            image = next(self.images, None)
-            return None if image is None else {INPUT: image.numpy()}
+            return next(self.images, None)
 
-    beside = path.with_name("float.onnx")
-    quant_pre_process(model, str(beside), skip_symbolic_shape=True)
-    types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
-    quantize_static(str(beside), str(path), Photos(), per_channel=True, **types)
+    quant_pre_process(model, str(path), skip_symbolic_shape=True)
+    quantize_static(str(path), str(path), Photos(), per_channel=True)
     return onnx.load(str(path))
