@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastssl.cli.common import SomePath, json_option, progress_bar, quiet_option, write_json
-from fastssl.cli.evaluate.common import NOT_NEGATIVE, choice, option, which_option
+from fastssl.cli.evaluate.common import NOT_NEGATIVE, PHOTOS, choice, option, which_option
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import printable
 
@@ -41,25 +41,19 @@ _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
 @which_option
 @option(
     "--size",
-    "Side of the pictures that onnx, executorch and coreml take, or that timm's folder names. Default: the run's, or "
-    "224.",
+    "Side of the pictures that onnx, executorch, coreml and timm's folder take. Default: the run's, or 224.",
     type=click.IntRange(min=8, max=4096),
     metavar="N",
 )
 @option(
     "--input",
-    "What onnx, executorch and coreml take: raw RGB pixels, 0 .. 255, which the file normalises, or normalised ones. "
-    "Default: raw, but of onnx normalised.",
+    "What these three take: raw RGB pixels, 0 .. 255, which the file normalises, or normalised ones. Default: raw, of "
+    "onnx normalised.",
     variable="input_",
     **choice("raw", "normalised"),
 )
-@option("--int8", "onnx, executorch and coreml in int8, calibrated and judged on --data.", is_flag=True)
-@option(
-    "--data",
-    "For --int8: photos of the task, at least 100, best with labels.",
-    type=SomePath(remote=True),
-    metavar="FOLDER|TAR|FILE.beton",
-)
+@option("--int8", "Of these three: int8, calibrated and judged on --data.", is_flag=True)
+@option("--data", "For --int8: at least 100 photos of the task, best with labels.", **PHOTOS)
 @option("--max-drop", "Points of kNN that int8 may cost; more are refused.  [default: 1]", **NOT_NEGATIVE)
 @quiet_option
 @json_option
@@ -102,10 +96,8 @@ def export(
     fastssl export runs/mine mine.pte --format executorch --int8 --data photos/
     """
     data, max_drop = how["data"], how["max_drop"]
-    if how["int8"] and data is None:
-        raise click.UsageError("--int8 needs --data, photos to calibrate and to judge on")
-    if not how["int8"] and (data, max_drop) != (None, None):
-        raise click.UsageError("--data and --max-drop are for --int8")
+    if how["int8"] != (data is not None) or (max_drop is not None and not how["int8"]):
+        raise click.UsageError("--int8 needs --data, photos to judge on; --data and --max-drop need --int8")
     if not world_from_environment().is_main:
         return
 
@@ -130,16 +122,16 @@ def export(
 
 def _of_file(done: Exported) -> str:
     """Size, speed and what became of the features; of int8 beside the float form."""
-
-    def shown(size_bytes: int, took: float | None) -> str:
-        return f"{size_bytes / 1e6:.1f} MB" + ("" if took is None else f", {took:.1f} ms")
-
-    text = shown(done.size_bytes, done.milliseconds)
+    forms = [("", done.size_bytes, done.milliseconds)]
     if (int8 := done.int8) is not None:
-        text = f"float {shown(int8.float_size_bytes, int8.float_milliseconds)} -> int8 {text}; {int8}; float"
+        forms = [("float ", int8.float_size_bytes, int8.float_milliseconds), ("int8 ", *forms[0][1:])]
+    text = " -> ".join(
+        f"{form}{size / 1e6:.1f} MB" + (f", {took:.1f} ms" if took else "") for form, size, took in forms
+    )
+    text += f"; {int8}" if int8 else ""
     if done.difference is None:
-        return f"{text.removesuffix('; float')}; not run: Core ML is on Apple's devices alone"
-    return f"{text}{',' if int8 is None else ''} features differ by {done.difference:.1g} of their spread"
+        return f"{text}; not run: Core ML is on Apple's devices alone"
+    return f"{text}; features in float differ by {done.difference:.1g} of their spread"
 
 
 @click.command("import")

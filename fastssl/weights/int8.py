@@ -37,13 +37,11 @@ class Judged:
     """What became of the features.
 
     Attributes:
-        labels: kNN was judged; False: nearest photos, of which the float form's are right.
-        before, after: percent, of the float form and of int8.
+        obstacle: why nearest photos judged; empty: kNN did. before, after: percent, of the float form and of int8.
         bank, queries, calibration: how many photos. The queries are neither in the bank nor calibrate.
-        float_size_bytes, float_milliseconds: of the float form.
     """
 
-    labels: bool
+    obstacle: str
     before: float
     after: float
     bank: int
@@ -53,27 +51,22 @@ class Judged:
     float_milliseconds: float | None
 
     def __str__(self) -> str:
-        what = "kNN" if self.labels else f"no labels: nearest photo among the float form's {NEIGHBOURS} nearest"
+        what = f"{self.obstacle}: nearest photo among {NEIGHBOURS} of the float form" if self.obstacle else "kNN"
         return f"{what} {self.before:.1f} -> {self.after:.1f} % of {counted(self.queries, 'photo')}"
 
 
 def quantised(
     int8: Int8, view: ViewSpec, run: Run, write: Callable[[Tensor], Run], size_bytes: int, took: float | None
 ) -> tuple[Run, Judged]:
-    """Write the int8 form and judge it.
+    """Write the int8 form and judge it. FastSSLError: too few photos, or what ``open_photos`` and ``write`` raise.
 
     Args:
-        view: of photos, as the file takes them.
-        run: the float form. size_bytes, took: of its file.
+        view: of photos, as the file takes them. run: the float form. size_bytes, took: of its file.
         write: (N, 3, size, size) images to calibrate on -> the int8 form.
-
-    Raises:
-        FastSSLError: too few photos, or what ``open_photos`` and ``write`` raise.
     """
     with open_photos(int8.data) as reader:
-        if len(reader) < LEAST:
-            photos = counted(len(reader), "photo")
-            raise FastSSLError(f"{int8.data}: {photos}; int8 is calibrated and judged on {LEAST} or more")
+        if (count := len(reader)) < LEAST:
+            raise FastSSLError(f"{int8.data}: {counted(count, 'photo')}; --int8 is calibrated and judged on {LEAST}")
         split = choose_split(reader, None, MOST, seed=0)
         bank = split.bank_index
         # Evenly spread over the bank, and so over its classes.
@@ -93,4 +86,4 @@ def quantised(
         _, near = nearest_neighbors(before.features, queries.features, k=NEIGHBOURS)
         _, nearest = nearest_neighbors(after.features, asked.features, k=1)
         values = 100.0, 100 * float((near == nearest).any(dim=1).float().mean())
-    return run, Judged(split.labelled, *values, len(bank), len(queries), len(some), size_bytes, took)
+    return run, Judged(split.obstacle, *values, len(bank), len(queries), len(some), size_bytes, took)

@@ -45,17 +45,11 @@ def size_of(path: Path) -> int:
 def write_phone(
     trained: Trained, format: str, place: Path, about: dict[str, str], size: int, input: str | None, int8: Int8 | None
 ) -> tuple[dict[str, Any], str]:
-    """Write ``place``.
-
-    Args:
-        trained: its backbone in plain layout. format: a key of ``WRITERS``. size: side of the pictures.
-        input: ``raw`` or ``normalised``; None: the format's.
+    """Write ``place`` from a backbone in plain layout; arguments as of ``export_backbone``.
 
     Returns:
-        what ``Exported`` says of it; and the text to write beside it.
-
-    Raises:
-        FastSSLError: what the writers, ``check_features`` and ``quantised`` raise; or int8 costs too much.
+        what ``Exported`` says of it; and the text to write beside it. FastSSLError: the features differ, or int8 costs
+        too much; or what the writer and ``quantised`` raise.
     """
     writer, usual, batches, tolerance = WRITERS[format]
     input, seen, reference = input or usual, trained.normalisation, trained.backbone
@@ -77,17 +71,16 @@ def write_phone(
                 f"{place.name}: not written: int8 costs {drop:.1f} points, more than --max-drop {int8.max_drop:g} "
                 f"({judged}); leave --int8 out, or allow more"
             )
-    done = {"tensors": tensors, "fused": merged is not None, "difference": difference, "milliseconds": took}
+    done = {"fused": merged is not None, "difference": difference, "milliseconds": took}
     taken = "0 .. 255, the file normalises" if input == "raw" else "(RGB / 255 - mean) / std"
     images = {"name": INPUT, "shape": [1, 3, size, size], "layout": "NCHW, RGB", "range": taken, "crop": view.center}
-    activations = "float16" if format == "coreml" else "int8 per tensor"
+    numbers = {"weights": "int8 per channel", "activations": "float16" if format == "coreml" else "int8 per tensor"}
     said = {
-        **about,
-        "size_bytes": size_of(place),
+        **{"description": about["description"], **trained.record(), "size_bytes": size_of(place)},
         **done,
         "input": {**images, **trained.normalisation._asdict()},
         "output": {"name": OUTPUT, "shape": [1, feature_dim(trained.backbone)]},
-        "quantisation": {"weights": "int8 per channel", "activations": activations} if judged else None,
+        "quantisation": numbers if judged else None,
         "int8": asdict(judged) if judged else None,
     }
-    return {**done, "input": input, "int8": judged}, json.dumps(said, indent=2) + "\n"
+    return {"tensors": tensors, **done, "input": input, "int8": judged}, json.dumps(said, indent=2) + "\n"

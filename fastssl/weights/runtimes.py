@@ -71,11 +71,6 @@ def quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
-def one_by_one(run: Run) -> Run:
-    """Any number of images for a file that takes one."""
-    return lambda images: torch.cat([run(image) for image in images.split(1)])
-
-
 def milliseconds(run: Run, size: int) -> float:
     """For one image: the median of 30 runs after 5 others."""
     image = torch.zeros(1, 3, size, size)

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.weights.runtimes import INPUT, OUTPUT, FromPixels, Run, quiet, refused, require_packages
 
-#: Core ML's own threshold: smaller weights stay float16.
-_LEAST_WEIGHTS = 2048
+_LEAST_WEIGHTS = 2048  # Core ML's own threshold: smaller weights stay float16
 
 
 def write_coreml(
@@ -21,9 +21,7 @@ def write_coreml(
 ) -> Run:
     """Write ``path``, a folder, as ``write_onnx`` does; a ``FromPixels`` takes an image. With ``calibration``, whose
     images are not read, the weights alone are int8.
-
-    Returns:
-        the network with the file's weights, computed by PyTorch in float32.
+    What is returned computes with the file's weights, in float32 by PyTorch.
     """
     require_packages("coreml", "coremltools")
     shape = (1, 3, size, size)
@@ -32,15 +30,15 @@ def write_coreml(
         from coremltools.optimize import coreml as optimize
 
         program = torch.export.export(network, (torch.zeros(shape),)).run_decompositions({})
-        image = ct.ImageType(name=INPUT, shape=shape, color_layout=ct.colorlayout.RGB)
-        given = [image if isinstance(network, FromPixels) else ct.TensorType(name=INPUT, shape=shape)]
-        found = [ct.TensorType(name=OUTPUT)]
-        model = ct.convert(program, inputs=given, outputs=found, minimum_deployment_target=ct.target.iOS16)
+        given: Any = ct.TensorType(name=INPUT, shape=shape)
+        if isinstance(network, FromPixels):
+            given = ct.ImageType(name=INPUT, shape=shape, color_layout=ct.colorlayout.RGB)
+        ends = {"inputs": [given], "outputs": [ct.TensorType(name=OUTPUT)]}
+        model = ct.convert(program, **ends, minimum_deployment_target=ct.target.iOS16)
         if calibration is not None:
             how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=_LEAST_WEIGHTS)
             model = optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=how))
             network = _rounded(network)
-        model.short_description = about["description"]
         model.user_defined_metadata.update(about)
         model.save(str(path))
     return torch.no_grad()(network)

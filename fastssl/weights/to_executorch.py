@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastssl.weights.runtimes import Run, one_by_one, quiet, refused, require_packages
+from fastssl.weights.runtimes import Run, quiet, refused, require_packages
 
 
 def write_executorch(
@@ -42,4 +42,4 @@ def write_executorch(
         portable_lib._unsafe_reset_threadpool(1)  # safe here, where nothing of it is running
         method = Runtime.get().load_program(path).load_method("forward")
         method.execute(list(example))  # the first one looks for the processor's features, and talks about them
-    return one_by_one(lambda image: method.execute([image.contiguous()])[0])
+    return lambda images: torch.cat([method.execute([image.contiguous()])[0] for image in images.split(1)])
