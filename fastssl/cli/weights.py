@@ -76,18 +76,16 @@ def export(
     DST.json beside these three says what goes in.
 
     Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused
-    for these three. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
+    for the last three. The others keep the branches, which fine-tuning needs and timm.create_model expects:
     timm.utils.reparameterize_model(net) fuses them after that.
 
     The tensors must be exactly those of the network there. What was written is loaded and must give the same features,
     to 1e-5 of their spread over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it
-    was. Core ML runs on Apple's devices alone: its file is not run here. With --int8 kNN on a part of --data judges the
-    file's features beside those in float (where there are no labels, the nearest photos); for coreml, whose weights
-    alone become int8, with PyTorch's arithmetic.
+    was. Core ML runs on Apple's devices alone: its file is not run here. With --int8 kNN on a part of --data (without
+    labels: nearest photos) judges the features beside those in float; of coreml, weights alone, as PyTorch computes.
 
-    An earlier export of the same kind, known by what it says of itself, is replaced; anything else that is there, a
-    run's checkpoint or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first one
-    writes.
+    An earlier export of the same kind, known by what it says of itself, is replaced; anything else, a run's checkpoint
+    or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first one writes.
 
     \b
     fastssl export runs/mine mine.safetensors

@@ -123,9 +123,8 @@ def export_backbone(
         FastSSLError: another ending, a network that the format does not know, something there that is no export,
             weights that are not finite, features that differ, or int8 that costs too much.
     """
-    suffix = destination.suffix if destination.suffix in _KNOWN else ""
-    if destination.is_dir() and suffix != ".mlpackage":
-        suffix = ""
+    named = destination.suffix in _KNOWN and (destination.suffix == ".mlpackage" or not destination.is_dir())
+    suffix = destination.suffix if named else ""
     if suffix not in ENDINGS[format]:
         fitting = [name for name, endings in ENDINGS.items() if suffix and suffix in endings]
         other = f"; or give --format {' or '.join(fitting)}" if fitting else ""

@@ -19,8 +19,7 @@ from fastssl.weights.runtimes import Run
 
 #: Photos: fewest that are taken for an answer, those that calibrate, and most that are judged with.
 LEAST, CALIBRATION, MOST = 100, 200, 2000
-#: Where there are no labels: a photo is right whose nearest is among so many that the float form finds.
-NEIGHBOURS = 10
+NEIGHBOURS = 10  # without labels a photo is right whose nearest is among so many that the float form finds
 
 
 @dataclass(frozen=True)

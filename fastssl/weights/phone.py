@@ -1,7 +1,5 @@
 """A file for a runtime without PyTorch, and ``DST.json`` beside it: written, run, compared, timed, int8 also judged.
-
-Its input is ``raw``, RGB pixels 0 .. 255, which the file normalises, or ``normalised``: RGB / 255, less the mean, over
-the deviation, as in training.
+Input is ``raw``, RGB pixels 0 .. 255, which the file normalises, or ``normalised`` as in training.
 """
 
 from __future__ import annotations
@@ -45,11 +43,9 @@ def size_of(path: Path) -> int:
 def write_phone(
     trained: Trained, format: str, place: Path, about: dict[str, str], size: int, input: str | None, int8: Int8 | None
 ) -> tuple[dict[str, Any], str]:
-    """Write ``place`` from a backbone in plain layout; arguments as of ``export_backbone``.
-
-    Returns:
-        what ``Exported`` says of it; and the text to write beside it. FastSSLError: the features differ, or int8 costs
-        too much; or what the writer and ``quantised`` raise.
+    """Write ``place`` from a backbone in plain layout; arguments are those of ``export_backbone``. Returns what
+    ``Exported`` says of it, and the text to write beside it. FastSSLError: features differ, int8 costs too much, or
+    what the writer and ``quantised`` raise.
     """
     writer, usual, batches, tolerance = WRITERS[format]
     input, seen, reference = input or usual, trained.normalisation, trained.backbone

@@ -21,8 +21,7 @@ from fastssl.pipelines.plan.draw import Normalisation
 INPUT, OUTPUT = "images", "features"
 #: images (N, 3, size, size) float32 -> features (N, F)
 Run = Callable[[Tensor], Tensor]
-#: Makes a view of pixels 0 .. 255.
-PIXELS = Normalisation((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+PIXELS = Normalisation((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # makes a view of pixels 0 .. 255
 
 
 class FromPixels(nn.Sequential):
@@ -46,7 +45,7 @@ def require_packages(format: str, *packages: str) -> None:
 
 @contextlib.contextmanager
 def refused(arch: str, runtime: str, size: int) -> Iterator[None]:
-    """FastSSLError for whatever a converter raises inside the block: each operator's translation has its own way."""
+    """FastSSLError for whatever a converter raises inside the block."""
     try:
         yield
     except Exception as error:

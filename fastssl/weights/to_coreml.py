@@ -45,8 +45,8 @@ def write_coreml(
 
 
 def _rounded(network: nn.Module) -> nn.Module:
-    """A copy whose weights are what ``linear_quantize_weights`` leaves of them. That BatchNorms are merged there before
-    changes nothing: they scale the channels that are rounded each by itself.
+    """A copy with what ``linear_quantize_weights`` leaves of its weights. The BatchNorms that are merged there before
+    change nothing: they scale channels, each of which is rounded by itself.
     """
     network = copy.deepcopy(network)
     for module in network.modules():
