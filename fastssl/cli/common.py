@@ -105,7 +105,7 @@ def _check_json_path(ctx: click.Context, param: click.Parameter, value: str | No
 
 #: endings of weights, recipes and pages
 _OF_OTHERS = frozenset(
-    {".pt", ".pth", ".tar", ".safetensors", ".onnx", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"}
+    {".pt", ".pth", ".tar", ".safetensors", ".onnx", ".pte", ".yaml", ".yml", ".html", ".md", ".png", ".jpg", ".jpeg"}
 )
 
 json_option = click.option(

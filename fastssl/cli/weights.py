@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastssl.cli.common import SomePath, console, json_option, write_json
-from fastssl.cli.evaluate.common import which_option
+from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.evaluate.common import NOT_NEGATIVE, PHOTOS, choice, option, which_option
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import counted, printable
 
 if TYPE_CHECKING:
+    from fastssl.weights.export import Exported
     from fastssl.weights.importing import Matched
 
 #: fastssl.weights.export.ENDINGS, and fastssl.weights.importing.LAYOUTS and NETWORK, written out: that package loads
 #: torch, which --help should not wait for.
-FORMATS = ("timm", "torchvision", "safetensors", "onnx")
+FORMATS = ("timm", "torchvision", "safetensors", "onnx", "executorch", "coreml")
 LAYOUTS = ("auto", "timm", "torchvision", "efficientnet", "moco", "dino", "sslight")
 WHICH = ("student", "teacher", "query", "key")
 _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
@@ -39,15 +40,26 @@ _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
     help="Who will read it: see above what DST is then.",
 )
 @which_option
-@click.option(
+@option(
     "--size",
+    "Side of the pictures that onnx, executorch, coreml and timm's folder take. Default: the run's, or 224.",
     type=click.IntRange(min=8, max=4096),
     metavar="N",
-    help="Side of the pictures: of onnx's input; of timm's folder for its config.json. Default: the run's, or 224.",
 )
+@option(
+    "--input",
+    "What these three take: raw RGB pixels, 0 .. 255, which the file normalises, or normalised ones. Default: raw, of "
+    "onnx normalised.",
+    variable="input_",
+    **choice("raw", "normalised"),
+)
+@option("--int8", "Of these three: int8, calibrated and judged on --data.", is_flag=True)
+@option("--data", "For --int8: at least 100 photos of the task, best with labels.", **PHOTOS)
+@option("--max-drop", "Points of kNN that int8 may cost; more are refused.  [default: 1]", **NOT_NEGATIVE)
+@quiet_option
 @json_option
 def export(
-    checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None
+    checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None, **how: Any
 ) -> None:
     """Write the backbone of CHECKPOINT, a run's folder or one of its files, to DST.
 
@@ -60,41 +72,65 @@ def export(
                  net.classifier[1] (mobilenet_v2, efficientnet_b0, b1)
     safetensors  DST.safetensors: plain tensors under timm's names
     onnx         DST.onnx: images (N, 3, size, size) -> features (N, F), any N
+    executorch   DST.pte: the same with N = 1, for Android and iOS (XNNPACK)
+    coreml       DST.mlpackage: an image -> features (1, F), float16, for iOS 16 and macOS 13 and newer
+    DST.json beside these three says what goes in.
 
     Networks that train with several branches and run with one (MobileOne, FastViT, RepViT, GhostNet-V3, ...) are fused
-    for onnx. The other formats keep the branches, which fine-tuning needs and timm.create_model expects:
+    for the last three. The others keep the branches, which fine-tuning needs and timm.create_model expects:
     timm.utils.reparameterize_model(net) fuses them after that.
 
     The tensors must be exactly those of the network there. What was written is loaded and must give the same features,
     to 1e-5 of their spread over images (ONNX: 1e-4, run with onnxruntime at batch 1 and 3); otherwise DST stays as it
-    was. An earlier export of the same kind, known by what it says of itself, is replaced; anything else that is there,
-    a run's checkpoint or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first
-    one writes.
+    was. Core ML runs on Apple's devices alone: its file is not run here. With --int8 kNN on a part of --data (without
+    labels: nearest photos) judges the features beside those in float; of coreml, weights alone, as PyTorch computes.
+
+    An earlier export of the same kind, known by what it says of itself, is replaced; anything else, a run's checkpoint
+    or weights from elsewhere, is left alone. Of several processes (torchrun, srun) only the first one writes.
 
     \b
     fastssl export runs/mine mine.safetensors
     fastssl export runs/mine mine.pth --format torchvision --which teacher
     fastssl export runs/mine mine.onnx --format onnx --size 224
+    fastssl export runs/mine mine.pte --format executorch --int8 --data photos/
     """
+    data, max_drop = how["data"], how["max_drop"]
+    if how["int8"] != (data is not None) or (max_drop is not None and not how["int8"]):
+        raise click.UsageError("--int8 needs --data, photos to judge on; --data and --max-drop need --int8")
     if not world_from_environment().is_main:
         return
 
     from fastssl.evaluate.trained import load_trained
     from fastssl.weights.export import export_backbone
+    from fastssl.weights.int8 import Int8
 
     trained = load_trained(checkpoint, which)
     if None not in (size, trained.size) and size != trained.size:
         click.echo(f"--size {size}: the run itself was probed with {trained.size} (probe.size)", err=True)
-    done = export_backbone(trained, dst, format_, size=size)
+    int8 = Int8(data, 1.0 if max_drop is None else max_drop, progress_bar) if how["int8"] else None
+    done = export_backbone(trained, dst, format_, size=size, input=how["input_"], int8=int8)
     step = f", step {trained.step:,}" if trained.step is not None else ""
     click.echo(
         f"{trained.name} ({trained.arch}, {trained.network}{step}) -> {dst}: "
-        f"{done.tensors} tensors{', fused' if done.fused else ''}, {done.size_bytes / 1e6:.1f} MB, features "
-        f"differ by {done.difference:.1g} of their spread\n{done.recipe}",
+        f"{done.tensors} tensors{', fused' if done.fused else ''}, {_of_file(done)}\n{done.recipe}",
         err=json_path == "-",
     )
     record = {**trained.record(), **asdict(done), "path": dst.name, "recipe": done.recipe.replace(str(dst), dst.name)}
     write_json(json_path, record)
+
+
+def _of_file(done: Exported) -> str:
+    """Size, speed and what became of the features; of int8 beside the float form."""
+    forms = [("", done.size_bytes, done.milliseconds)]
+    if (int8 := done.int8) is not None:
+        forms = [("float ", int8.float_size_bytes, int8.float_milliseconds), ("int8 ", *forms[0][1:])]
+    text = " -> ".join(
+        f"{form}{size / 1e6:.1f} MB" + (f", {took:.1f} ms" if took else "") for form, size, took in forms
+    )
+    text += f"; {int8}" if int8 else ""
+    if done.difference is None:
+        return f"{text}; not run: Core ML is on Apple's devices alone"
+    return f"{text}; features in float differ by {done.difference:.1g} of their spread"
 
 
 @click.command("import")

@@ -4,7 +4,7 @@ timm          a state dict under timm's names: timm.create_model(name, num_class
               or a folder in the style of the Hugging Face hub
 torchvision   a state dict under torchvision's names, which gives the same features there
 safetensors   timm's names, for programs that build the network themselves
-onnx          one file with graph and weights, see to_onnx.py
+onnx, executorch, coreml: a file with graph and weights for runtimes without PyTorch, see phone.py
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from fastssl.models.backbones import resizes_positions
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.atomic_files import usual_mode
 from fastssl.utils.suggest import some_names
-from fastssl.weights.to_onnx import check_features, fused, require_onnx, write_onnx
+from fastssl.weights.int8 import Int8, Judged
+from fastssl.weights.phone import WRITERS, beside, size_of, write_phone
+from fastssl.weights.to_onnx import check_features, require_onnx
 from fastssl.weights.torchvision_names import TWINS, Twin, to_torchvision
 
 #: the end of every export's description, by which it is known again: ``..., exported by fastssl 0.1.0``
@@ -47,6 +49,8 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "torchvision": (".pth", ".pt", ".safetensors"),
     "safetensors": (".safetensors",),
     "onnx": (".onnx",),
+    "executorch": (".pte",),
+    "coreml": (".mlpackage",),
 }
 #: Of timm's entry for an architecture: what is said there about weights that others trained.
 _OF_OTHER_WEIGHTS = (
@@ -54,7 +58,13 @@ _OF_OTHER_WEIGHTS = (
     *("label_names", "label_descriptions", "label_offset", "test_input_size", "test_crop_pct", "test_pool_size"),
 )
 #: endings that people give to weights: a DST with one of them is not meant to be a folder
-_KNOWN = (".safetensors", ".pth", ".pt", ".onnx", ".bin", ".ckpt", ".tar", ".npz")
+_KNOWN = (".safetensors", ".pth", ".pt", ".onnx", ".pte", ".mlpackage", ".bin", ".ckpt", ".tar", ".npz")
+#: how what ``phone.WRITERS`` write is used
+_RECIPES = {
+    "onnx": "features = onnxruntime.InferenceSession({target!r}).run(['features'], {{'images': images}})[0]",
+    "executorch": "features = Runtime.get().load_program({target!r}).load_method('forward').execute([images])[0]",
+    "coreml": "features = coremltools.models.MLModel({target!r}).predict({{'images': image}})['features']  # on a Mac",
+}
 
 
 @dataclass(frozen=True)
@@ -66,47 +76,71 @@ class Exported:
         path: the file or folder.
         tensors: how many.
         size_bytes: of the file, or of the folder's files.
-        difference: see ``check_features``.
+        difference: see ``check_features``; None: the format cannot be run here.
         recipe: a line of Python that uses it.
-        fused: whether parallel branches and BatchNorms were merged, as ``onnx`` does in networks made for that.
+        fused: whether parallel branches and BatchNorms were merged, as is done for runtimes in networks made for that.
+        input: of a file for a runtime: ``raw`` or ``normalised``, see phone.py.
+        milliseconds: for one image on one thread of this machine, the median; None: not run.
+        int8: what became of the features; None: float.
     """
 
     format: str
     path: Path
     tensors: int
     size_bytes: int
-    difference: float
+    difference: float | None
     recipe: str
     fused: bool = False
+    input: str | None = None
+    milliseconds: float | None = None
+    int8: Judged | None = None
 
 
-def export_backbone(trained: Trained, destination: Path, format: str = "timm", *, size: int | None = None) -> Exported:
+def export_backbone(
+    trained: Trained,
+    destination: Path,
+    format: str = "timm",
+    *,
+    size: int | None = None,
+    input: str | None = None,
+    int8: Int8 | None = None,
+) -> Exported:
     """Write the backbone to ``destination``, which is whole or as it was before, and compare its features with the
     backbone's.
 
-    Networks that train with several branches and run with one go into ``onnx`` in the form that runs (``fused``), into
-    the other formats in the form that trains, which ``timm.create_model`` takes.
+    Networks that train with several branches and run with one go into ``onnx``, ``executorch`` and ``coreml`` in the
+    form that runs (``fused``), into the other formats in the form that trains, which ``timm.create_model`` takes. What
+    runs without PyTorch gets ``DST.json`` beside it.
 
     Args:
         trained: as ``load_trained`` gives it; on the CPU, in evaluation mode.
         destination: ends as ``ENDINGS[format]`` says; for what is replaced see ``require_replaceable``.
         format: a key of ``ENDINGS``.
-        size: side of the pictures, for ``onnx`` and for a folder of ``timm``; None: as the run was probed, or 224.
+        size: side of the pictures, for runtimes and for a folder of ``timm``; None: as the run was probed, or 224.
+        input: ``raw`` or ``normalised``; None: the format's. int8: with what. Both for runtimes alone.
 
     Raises:
-        FastSSLError: another ending, a network that the format does not know, something there that is no export, or
-            features that differ.
+        FastSSLError: another ending, a network that the format does not know, something there that is no export,
+            weights that are not finite, features that differ, or int8 that costs too much.
     """
-    suffix = destination.suffix if destination.suffix in _KNOWN and not destination.is_dir() else ""
+    named = destination.suffix in _KNOWN and (destination.suffix == ".mlpackage" or not destination.is_dir())
+    suffix = destination.suffix if named else ""
     if suffix not in ENDINGS[format]:
         fitting = [name for name, endings in ENDINGS.items() if suffix and suffix in endings]
         other = f"; or give --format {' or '.join(fitting)}" if fitting else ""
         wanted = " or ".join(filter(None, ENDINGS[format])) + (", or is a folder" if "" in ENDINGS[format] else "")
         raise FastSSLError(f"{destination}: --format {format} writes a file that ends in {wanted}{other}")
-    if size is not None and suffix not in (".onnx", ""):
+    runtimes = " or ".join(WRITERS)
+    if size is not None and format not in WRITERS and suffix != "":
         raise FastSSLError(
-            f"{destination}: --size is for --format onnx and for a folder of --format timm; this export takes "
+            f"{destination}: --size is for --format {runtimes} and for a folder of --format timm; this export takes "
             "pictures of any size"
+        )
+    if format not in WRITERS and (input is not None or int8 is not None):
+        raise FastSSLError(f"{destination}: --input and --int8 are for --format {runtimes}")
+    if not all(value.isfinite().all() for value in trained.backbone.state_dict().values()):
+        raise FastSSLError(
+            f"{trained.name}: weights are NaN or infinite: its training has diverged; export an earlier checkpoint"
         )
     # Plain layout, as the networks have it that will take the tensors; the caller's network is left as it is.
     backbone, arch = copy.deepcopy(trained.backbone).to(memory_format=torch.contiguous_format), trained.arch
@@ -115,20 +149,24 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
         every = "--format timm takes every network"
         raise FastSSLError(f"torchvision has no counterpart of {arch}; it has those of {', '.join(TWINS)} ({every})")
     twin = TWINS[arch] if format == "torchvision" else None
-    final, merged = Path(os.path.abspath(destination)), None
+    final, more = Path(os.path.abspath(destination)), dict[str, Any](tensors=len(backbone.state_dict()))
     require_replaceable(final)
-    with staged(final) as place:
-        if format == "onnx":
-            merged = fused(backbone, size=side)
-            difference = write_onnx(backbone, arch, place, about, size=side, merged=merged)
-            session = f"onnxruntime.InferenceSession({target!r})"
-            recipe = f"features = {session}.run(['features'], {{'images': images}})[0]"
+    with ExitStack() as stack:
+        if format in WRITERS:
+            require_replaceable(beside(final))
+            note = stack.enter_context(staged(beside(final)))
+        place = stack.enter_context(staged(final))
+        if format in WRITERS:
+            plain = replace(trained, backbone=backbone)
+            more, text = write_phone(plain, format, place, about, side, input, int8)
+            note.write_text(text, encoding="utf-8")
+            recipe = _RECIPES[format].format(target=target)
         elif suffix == "":
             view = ViewSpec.evaluation(side, trained.crop or EVALUATION_CROP, trained.normalisation)
-            difference = _write_folder(backbone, arch, place, about, view)
+            more["difference"] = _write_folder(backbone, arch, place, about, view)
             recipe = f"net = timm.create_model({f'local-dir:{destination}'!r}, pretrained=True)"
         else:
-            difference = _write_file(backbone, arch, place, about, twin)
+            more["difference"] = _write_file(backbone, arch, place, about, twin)
             loading = f"safetensors.torch.load_file({target!r})"
             recipe = f"net = timm.create_model({arch!r}, num_classes=0, checkpoint_path={target!r})"
             if format == "safetensors":
@@ -136,9 +174,8 @@ def export_backbone(trained: Trained, destination: Path, format: str = "timm", *
             elif twin is not None:
                 loading = loading if suffix == ".safetensors" else f"torch.load({target!r}, weights_only=True)"
                 recipe = f"{twin.recipe}; net.load_state_dict({loading})"
-        written = sum(file.stat().st_size for file in (place.iterdir() if place.is_dir() else (place,)))
-    count = len((merged or backbone).state_dict())
-    return Exported(format, destination, count, written, difference, recipe, fused=merged is not None)
+        written = size_of(place)
+    return Exported(format=format, path=destination, size_bytes=written, recipe=recipe, **more)
 
 
 def _write_file(backbone: nn.Module, arch: str, path: Path, about: dict[str, str], twin: Twin | None = None) -> float:
@@ -248,14 +285,18 @@ def require_replaceable(destination: Path) -> None:
 
 
 def _is_export(path: Path) -> bool:
-    if path.is_dir():
+    if path.is_dir() and path.suffix != ".mlpackage":
         names = {entry.name for entry in path.iterdir()}
         if names != {"config.json", "model.safetensors"}:
             return not names
         config, path = json.loads((path / "config.json").read_bytes()), path / "model.safetensors"
         if not isinstance(config, dict) or "architecture" not in config:
             return False
-    if path.suffix == ".safetensors":
+    if path.suffix in (".pte", ".mlpackage", ".json"):
+        about = json.loads((path if path.suffix == ".json" else beside(path)).read_bytes())
+        if path.suffix != ".json" and about["size_bytes"] != size_of(path):  # of another file of that name
+            return False
+    elif path.suffix == ".safetensors":
         with safe_open(str(path), framework="pt") as file:
             about = file.metadata()
     elif path.suffix == ".onnx":
@@ -288,7 +329,7 @@ def staged(destination: Path) -> Iterator[Path]:
     try:
         mode = usual_mode(beside / "mode")
         yield place
-        for file in place.iterdir() if place.is_dir() else [place]:
+        for file in (file for file in [place, *place.rglob("*")] if file.is_file()):
             file.chmod(mode)  # safetensors writes for its owner's eyes only
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())

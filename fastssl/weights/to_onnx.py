@@ -1,46 +1,37 @@
 """``--format onnx``, one file with graph and weights for runtimes without PyTorch; and the comparison of every export
 with the backbone that it was made from.
 
-ONNX: input ``images`` (N, 3, size, size) float32, normalised as in training; output ``features`` (N, F) float32; N is
-free, the size is not.
+ONNX: input ``images`` (N, 3, size, size) float32; output ``features`` (N, F) float32; N is free, the size is not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from fastssl.errors import FastSSLError
+from fastssl.weights.runtimes import INPUT, OUTPUT, FromPixels, Run, quiet, refused, require_packages
 
-INPUT, OUTPUT = "images", "features"
+if TYPE_CHECKING:
+    import onnx
 
 
 def require_onnx() -> None:
-    """
-    Raises:
-        FastSSLError: onnx, onnxscript (torch's exporter stands on it) or onnxruntime (which checks the file) is not
-            installed.
-    """
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise FastSSLError(f"--format onnx needs {' and '.join(missing)}: pip install 'fastssl-vision[onnx]'")
+    """Torch's exporter stands on onnxscript, and onnxruntime runs the file."""
+    require_packages("onnx", "onnx", "onnxscript", "onnxruntime")
 
 
 @torch.no_grad()
 def check_features(
     path: Path,
     backbone: nn.Module,
-    other: Callable[[Tensor], Tensor],
+    other: Run,
     *,
     size: int,
     tolerance: float,
@@ -66,6 +57,8 @@ def check_features(
     wanted, ours, found = [], [], []
     for number, batch in enumerate(batches):
         images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(number))
+        if isinstance(backbone, FromPixels):
+            images = (58 * images + 115).clamp(0, 255)
         wanted.append(exact(images.double()))
         ours.append(backbone(images))
         found.append(other(images))
@@ -109,34 +102,33 @@ def fused(backbone: nn.Module, *, size: int) -> nn.Module | None:
 
 
 def write_onnx(
-    backbone: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, merged: nn.Module | None = None
-) -> float:
-    """Write ``path`` and run it with onnxruntime at batch 1 and 3; returns how far its features are from the
-    backbone's.
+    network: nn.Module, arch: str, path: Path, about: dict[str, str], *, size: int, calibration: Tensor | None = None
+) -> Run:
+    """Write ``path`` and load it with onnxruntime.
 
     Torch's older exporter (``dynamo=False``) cannot express the antialiased resize of a vision transformer's positions.
 
     Args:
-        backbone: in plain layout: channels-last would put a transposition around every convolution.
-        size: side of the images that the file will take.
-        merged: the form of the backbone that goes into the file (see ``fused``); None: itself.
+        network: in plain layout: channels-last would put a transposition around every convolution.
+        about: into the file's metadata. size: side of the images that the file will take.
+        calibration: (N, 3, size, size) images, whose activations give the ranges of int8 for each tensor; weights are
+            int8 for each channel. None: float32.
 
-    Raises:
-        FastSSLError: the network cannot be expressed in ONNX at this size, or the file gives features that differ by
-            more than 1e-4.
+    Returns:
+        the file as a function, on one thread. FastSSLError: the network cannot be expressed at this size.
     """
     require_onnx()
     import onnx
     import onnxruntime
 
-    try:
+    with refused(arch, "ONNX", size):
         # Two images: an example of one would be taken for a constant.
         example = torch.zeros(2, 3, size, size)
         with torch.no_grad():
-            backbone(example)
-        with _quiet():
+            network(example)
+        with quiet():
             program = torch.onnx.export(
-                merged or backbone,
+                network,
                 (example,),
                 dynamo=True,
                 input_names=[INPUT],
@@ -146,30 +138,33 @@ def write_onnx(
             )
             assert program is not None  # with dynamo=True there is one
             model = program.model_proto
-    except Exception as error:  # the exporter raises whatever an operator's translation does
-        reason = " ".join(str(error).split())[:200]
-        raise FastSSLError(
-            f"{arch} cannot be exported to ONNX at {size} px ({type(error).__name__}: {reason})"
-        ) from error
+            if calibration is not None:
+                model = _quantised(model, path, calibration)
     model.doc_string = "; ".join(f"{name}: {value}" for name, value in about.items())
     onnx.helper.set_model_props(model, about)
     onnx.save(model, str(path))
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
 
-    return check_features(path, backbone, run, size=size, tolerance=1e-4, batches=(1, 3))
+    return run
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter talks by print, by warnings and by logging; errors come as exceptions all the same."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+def _quantised(model: onnx.ModelProto, path: Path, calibration: Tensor) -> onnx.ModelProto:
+    """By way of ``path``."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Photos(CalibrationDataReader):
+        images = iter([{INPUT: image.numpy()} for image in calibration.split(1)])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.images, None)
+
+    quant_pre_process(model, str(path), skip_symbolic_shape=True)
+    quantize_static(str(path), str(path), Photos(), per_channel=True)
+    return onnx.load(str(path))

@@ -25,7 +25,7 @@ COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
 POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
 NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
 OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
-_PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
+PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
 
 
 def option(name: str, help: str | None = None, *, variable: str | None = None, **more: Any) -> Callable:
@@ -45,11 +45,11 @@ which_option = option(
     "Which of a run's networks. Default: what the file holds; of a run's folder the student.",
     **choice("student", "teacher"),
 )
-data_option = option("--data", "Labelled photos to learn from.", required=True, **_PHOTOS)
+data_option = option("--data", "Labelled photos to learn from.", required=True, **PHOTOS)
 val_option = option(
     "--val",
     "Labelled photos to judge on. Default: a fifth of --data is held out, the same one for a --seed.",
-    **_PHOTOS,
+    **PHOTOS,
 )
 size_option = option(
     "--size",
