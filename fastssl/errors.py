@@ -42,6 +42,10 @@ class Interrupted(FastSSLError):
     """The work was asked to stop (SIGINT, SIGTERM), and what was done is saved. The command line leaves with 130."""
 
 
+class UsageError(FastSSLError):
+    """What was asked for contradicts itself. The command line leaves with 2."""
+
+
 @contextmanager
 def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
     """For threads: what is raised in here and is no failure of ours becomes a ``WorkerError`` that names ``what``."""

@@ -1,0 +1,125 @@
+"""What is trained on what: photos and recipe, asked for on the command line or by `fastssl.pretrain`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastssl.errors import UsageError
+from fastssl.utils.addresses import shown
+
+if TYPE_CHECKING:
+    from fastssl.config.recipe import Recipe
+    from fastssl.data.photo_source import Source
+
+
+#: A block with a function to be told (done, of how many).
+Bar = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is asked for; None: what `fastssl pretrain --help` says. ``overrides``: values of the recipe, as in --set
+    (``optim.lr=0.1``), or by key, then also numbers and lists.
+    """
+
+    arch: str | None = None
+    data: Path | None = None
+    val: Path | None = None
+    recipe_name: str | None = None
+    overrides: Sequence[str] | Mapping[str, Any] = ()
+    epochs: int | None = None
+    batch_size: int | None = None
+    pipeline: str = "auto"
+    device: str = "auto"
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The recipe of a run, with a batch and epochs that go with the photos; its name; the ``.beton`` files."""
+
+    recipe: Recipe
+    name: str
+    data: Path
+    val: Path | None
+
+
+def choose_inputs(
+    wanted: Wanted,
+    processes: int = 1,
+    *,
+    note: Callable[[str], object],
+    warn: Callable[[str], object],
+    bar: Bar = lambda: nullcontext(lambda done, total: None),
+) -> Inputs:
+    """Recipe and photos that are asked for, of a run whose steps ``processes`` share. ``note`` is told what was chosen,
+    converted or changed on the way, ``warn`` what may not be as it was meant, ``bar`` how far a conversion is. Raises
+    UsageError where one value is given twice, FastSSLError where there is no such recipe, key, network or photos.
+    """
+    from fastssl.config.recipe import load_recipe, parse_overrides
+    from fastssl.config.recipe_choice import choose, fit, warnings_for
+    from fastssl.data import sample_set
+    from fastssl.data.photo_source import look_at
+    from fastssl.distributed.devices import choose_device
+    from fastssl.models.backbones import resolve_arch
+
+    given = wanted.overrides
+    changes = dict(given) if isinstance(given, Mapping) else parse_overrides(given)
+    for name in ("epochs", "batch_size"):
+        if (value := getattr(wanted, name)) is not None:
+            if (key := f"train.{name}") in changes:
+                raise UsageError(f"{name} and {key} say the same thing; give one")
+            changes[key] = str(value)
+    if "train.epochs" in changes and "train.samples" in changes:
+        raise UsageError("train.samples says how many epochs there are: give either it or the epochs")
+    recipe_name, reason, val = wanted.recipe_name, "", wanted.val
+    if wanted.arch is not None:
+        resolve_arch(wanted.arch)  # a mistyped network should fail before photos are looked at
+    if recipe_name:  # and so should a mistyped key
+        load_recipe(recipe_name, changes)
+    source = None if wanted.data is None else look_at(wanted.data)
+    if not recipe_name:
+        kind = "cpu" if source is None else choose_device(wanted.device).type
+        recipe_name, reason = choose(source.photos if source else None, source.short_side if source else None, kind)
+    recipe = load_recipe(recipe_name, changes)
+    own_arch = recipe.arch
+    recipe = dataclasses.replace(recipe, arch=wanted.arch or own_arch)
+    resolve_arch(recipe.arch)
+    if val is None and source and "val" in source.splits:
+        val = wanted.data
+    val_source = None if val is None else look_at(val, "val")
+    for line in (*(source.notes if source else ()), *(val_source.notes if val_source else ())):
+        note(line)
+    if reason:
+        note(f"recipe {recipe_name} {reason}")
+    if source is None:
+        samples = sample_set.ensure_sample_set()
+        data, val = samples.train, samples.val
+    else:
+        data = beton_of(source, recipe, note, bar, wanted.workers)
+    if val_source is not None:
+        val = beton_of(val_source, recipe, note, bar, wanted.workers)
+    found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
+    where = shown(source.path if source else data)
+    recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
+    for line in lines:
+        note(line)
+    assert found.short_side is not None  # a .beton file says it
+    for line in warnings_for(recipe, own_arch, found.photos, found.short_side, found.shortened):
+        warn(line)
+    return Inputs(recipe, Path(recipe_name).stem, data, val)
+
+
+def beton_of(
+    source: Source, recipe: Recipe, note: Callable[[str], object], bar: Bar, workers: int | None = None
+) -> Path:
+    """The photos as a ``.beton`` file, of which the recipe's views can be made."""
+    from fastssl.data.photo_source import as_beton, side_for
+
+    with bar() as progress:
+        return as_beton(source, side_for(recipe), workers=workers, say=note, progress=progress)
