@@ -53,8 +53,8 @@ def choose_inputs(
     wanted: Wanted,
     processes: int = 1,
     *,
-    note: Callable[[str], object],
-    warn: Callable[[str], object],
+    note: Callable[[str], None],
+    warn: Callable[[str], None],
     bar: Bar = lambda: nullcontext(lambda done, total: None),
 ) -> Inputs:
     """Recipe and photos that are asked for, of a run whose steps ``processes`` share. ``note`` is told what was chosen,
@@ -115,9 +115,7 @@ def choose_inputs(
     return Inputs(recipe, Path(recipe_name).stem, data, val)
 
 
-def beton_of(
-    source: Source, recipe: Recipe, note: Callable[[str], object], bar: Bar, workers: int | None = None
-) -> Path:
+def beton_of(source: Source, recipe: Recipe, note: Callable[[str], None], bar: Bar, workers: int | None = None) -> Path:
     """The photos as a ``.beton`` file, of which the recipe's views can be made."""
     from fastssl.data.photo_source import as_beton, side_for
 
