@@ -1,10 +1,10 @@
-"""Pre-training from Python: processes, training, report.
-
-from fastssl.pretrain import RunOptions, pretrain
+"""One run: processes, training, report. The module itself is `fastssl.api.pretrain`, for all who have photos and no
+recipe at hand: ``fastssl.pretrain("photos/")``.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -20,8 +20,12 @@ from fastssl.report.finish import finish_run
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
+from fastssl.utils.callable_module import CallableModule
+from fastssl.utils.signals import StopRequest
 
 __all__ = ["RunOptions", "pretrain"]
+
+sys.modules[__name__].__class__ = CallableModule
 
 
 class _Silence:
@@ -33,9 +37,11 @@ class _Silence:
     message = note = row
 
 
-def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
+def pretrain(
+    recipe: Recipe, options: RunOptions, progress: Progress, stop: StopRequest | None = None
+) -> dict[str, Any] | None:
     """Train, probe, and write the run's folder; returns the summary, as in ``summary.json``, or None in all processes
-    but the first.
+    but the first. ``stop``: to end it as a signal does.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -66,6 +72,7 @@ def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[st
                         log.note(f"all {world.size} are here after {time.monotonic() - joining:.0f} s")
                     run = prepare(recipe, options, reader, val, log, world, device)
                     files.callback(run.close)
+                    run.stop = stop or run.stop
                     run.tell_status("training")
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.

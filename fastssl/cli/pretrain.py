@@ -59,7 +59,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
         recipe_name=inputs.name,
         data=inputs.data,
         val=inputs.val,
-        out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
+        out=out or inputs.folder,
         device=wanted.device,
         pipeline=wanted.pipeline,
         seed=seed,

@@ -48,6 +48,11 @@ class Inputs:
     data: Path
     val: Path | None
 
+    @property
+    def folder(self) -> Path:
+        """Where the run goes if nobody says."""
+        return Path("runs") / f"{self.name}-{self.recipe.arch}"
+
 
 def choose_inputs(
     wanted: Wanted,
