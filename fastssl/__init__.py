@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,31 +10,24 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, Interrupted
 
 if TYPE_CHECKING:
-    from fastssl.api import RunResult, StopRequest, embed, evaluate, export, load_backbone, pretrain, transform
+    from fastssl.api import RunResult as RunResult
+    from fastssl.api import evaluate, pretrain
+    from fastssl.api import export as export
+    from fastssl.evaluate.trained import load_backbone as load_backbone
+    from fastssl.evaluate.transform import transform as transform
 
-__all__ = [
-    "FastSSLError",
-    "Interrupted",
-    "RunResult",
-    "StopRequest",
-    "__version__",
-    "embed",
-    "evaluate",
-    "export",
-    "load_backbone",
-    "pretrain",
-    "transform",
-]
+#: Where each name lives.
+_HOMES = {"RunResult": "api", "export": "api", "load_backbone": "evaluate.trained", "transform": "evaluate.transform"}
+__all__ = ["FastSSLError", "Interrupted", "__version__", "evaluate", "pretrain", *_HOMES]
+
+# Read when torch is loaded: what it cannot do on an Apple GPU, it does on the CPU, and says so.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 
 def __getattr__(name: str) -> Any:
     # Lazy: `fastssl --help` should not load torch.
-    if name in ("evaluate", "pretrain"):
+    if name in ("evaluate", "pretrain"):  # see `CallableModule`
         return import_module(f"fastssl.{name}")
-    if name in __all__:
-        return getattr(import_module("fastssl.api"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"fastssl.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fastssl' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

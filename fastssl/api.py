@@ -1,8 +1,4 @@
-"""fastssl from Python: what the commands do, with what they write and without what they say.
-
-Quiet: warnings come as Python's, notes by ``logging`` (``logging.getLogger("fastssl")``, level INFO). Whatever goes
-wrong by the input's, the machine's or the caller's fault is a ``fastssl.FastSSLError`` that says what to do.
-"""
+"""What the commands do, from Python: warnings come as Python's, notes by ``logging`` (``fastssl``, level INFO)."""
 
 from __future__ import annotations
 
@@ -13,89 +9,56 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-import fastssl.pretrain as training
-from fastssl.data.inputs import Wanted, choose_inputs
+from fastssl import pretrain as training
+from fastssl.data.inputs import Told, Wanted, choose_inputs
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import UsageError
-from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE, Features, extract_features, silent
-from fastssl.evaluate.frozen import PASS, Frozen, pictures
-from fastssl.evaluate.photos import open_photos
+from fastssl.evaluate.features import silent
+from fastssl.evaluate.frozen import TRAINING, Frozen
 from fastssl.evaluate.session import open_session
-from fastssl.evaluate.trained import load_trained
-from fastssl.evaluate.transform import Transform
-from fastssl.pipelines.plan.draw import ViewSpec
-from fastssl.utils.signals import StopRequest
+from fastssl.evaluate.trained import load_backbone, load_trained
 from fastssl.weights.export import Exported, export_backbone
 
 SomePath = str | os.PathLike[str]
-Which = Literal["student", "teacher"]
-#: Is told a line of metrics.jsonl with ``done`` and ``total``, the steps made and to be made.
-OnRow = Callable[[dict[str, Any]], object]
-
 _log = logging.getLogger("fastssl")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+#: Options of an evaluation, with what they are if nobody says.
+_ALL = {"protocol": None, "size": None, "crop": None, "workers": None, "seed": 0, "reestimate_bn": None}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "knn": {**_ALL, "batch_size": 256, "k": None, "temperature": None, "leave_one_out": False},
+    "linear": {**_ALL, "batch_size": None, **dict.fromkeys(TRAINING)},
+}
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. It stands for its folder wherever a path is wanted: ``fastssl.evaluate(run, ...)``.
+    """A finished run; it stands for its folder wherever a path is wanted. Empty in all processes but the first.
 
     Attributes:
-        out: the run's folder. summary: what its ``summary.json`` holds; empty in all processes but the first.
+        out: the folder. report: its page. summary: what ``summary.json`` holds.
+        rows: name, kNN and linear probe (percent) of the trained network and of what it is compared with.
+        verdict: whether it learned, in words.
     """
 
     out: Path
-    summary: dict[str, Any] = field(default_factory=dict, repr=False)
+    report: Path
+    summary: dict[str, Any] = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    verdict: str
 
     def __fspath__(self) -> str:
         return os.fspath(self.out)
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """``name``, ``knn`` and ``linear`` (percent) of the trained network and of what it is compared with."""
-        return self.summary["probe"]["rows"] if self.summary else []
-
-    @property
-    def verdict(self) -> str:
-        """What the report says first: whether it learned, in words."""
-        return self.summary["verdict"]["text"] if self.summary else ""
-
-    @property
-    def report(self) -> Path:
-        """A page to be looked at."""
-        return self.out / "report.html"
-
     def backbone(self) -> nn.Module:
-        """The trained network, see `load_backbone`."""
+        """The trained network, see ``load_backbone``."""
         return load_backbone(self)
 
     def teacher(self) -> nn.Module:
         """Its moving average. FastSSLError: the method has none (SwAV, SimCLR)."""
         return load_backbone(self, "teacher")
-
-
-class _Told:
-    """The progress of a run for those who call it."""
-
-    def __init__(self, on_row: OnRow | None):
-        self._on_row = on_row
-
-    def row(self, row: dict[str, Any], done: int, total: int) -> None:
-        if self._on_row is not None:
-            self._on_row({**row, "done": done, "total": total})
-
-    def message(self, text: str) -> None:
-        _warn(text)
-
-    def note(self, text: str) -> None:
-        _log.info(text)
 
 
 def pretrain(
@@ -113,94 +76,55 @@ def pretrain(
     seed: int = 0,
     resume: str = "auto",
     check: bool = False,
-    progress: OnRow | None = None,
-    stop: StopRequest | None = None,
+    progress: Callable[[dict[str, Any]], object] = lambda row: None,
     **overrides: Any,
 ) -> RunResult:
-    """Pre-train a backbone without labels: ``fastssl pretrain``, with the same choices, folder and report.
+    """``fastssl pretrain``, whose ``--help`` has the arguments: the same recipe, folder and report.
 
     Args:
-        data, val, arch, recipe, out, epochs, ..., check: as `fastssl pretrain --help` says. Without ``data`` the sample
-            photos. The same call goes on from where a run in ``out`` was stopped.
-        progress: is told how it goes, some 50 steps at a time.
-        stop: ``stop.set()`` in another thread, or in ``progress``, saves and ends the run.
-        overrides: values of the recipe: ``**{"optim.lr": 0.1, "views.0.size": 64}``.
+        progress: is told each line of metrics, with ``done`` and ``total``, the steps.
+        overrides: values of the recipe: ``**{"optim.lr": 0.1}``.
 
     Raises:
-        Interrupted: by Ctrl-C or a notebook's stop button (in the main thread, which alone gets signals) or ``stop``,
-            after a checkpoint was written. KeyboardInterrupt: before there was anything to save.
-        FastSSLError: what was asked for cannot be done; the message says what to change.
+        Interrupted: by Ctrl-C or a notebook's stop button, after a checkpoint was written. The same call goes
+            on from there. FastSSLError: says what to change.
     """
-    places = {"data": data, "val": val}
-    wanted = Wanted(
-        arch=arch,
-        recipe_name=recipe,
-        overrides=overrides,
-        epochs=epochs,
-        batch_size=batch_size,
-        pipeline=pipeline,
-        device=device,
-        workers=workers,
-        **{name: None if path is None else _place(path) for name, path in places.items()},
-    )
+    photos, where = {"data": _place(data), "val": _place(val)}, {"device": device, "workers": workers}
+    asked: dict[str, Any] = {"arch": arch, "recipe_name": recipe, "epochs": epochs, "batch_size": batch_size}
+    wanted = Wanted(overrides=overrides, pipeline=pipeline, **asked, **photos, **where)
     with first_of_host_speaks():
-        inputs = choose_inputs(wanted, world_from_environment().size, note=_log.info, warn=_warn)
-    options = training.RunOptions(
-        recipe_name=inputs.name,
-        data=inputs.data,
-        val=inputs.val,
-        out=inputs.folder if out is None else Path(out),
-        device=device,
-        pipeline=pipeline,
-        seed=seed,
-        workers=workers,
-        resume=resume,
-        check=check,
-    )
-    return RunResult(options.out, training.pretrain(inputs.recipe, options, _Told(progress), stop) or {})
+        inputs = choose_inputs(wanted, Told(_log.info, _warn), world_from_environment().size)
+    folder = inputs.folder if out is None else Path(out)
+    how: dict[str, Any] = {"pipeline": pipeline, "seed": seed, "resume": resume, "check": check, **where}
+    options = training.RunOptions(inputs.name, inputs.data, folder, inputs.val, **how)
+    told: Any = SimpleNamespace(message=_warn, note=_log.info)
+    told.row = lambda row, done, total: progress({**row, "done": done, "total": total})
+    found = training.pretrain(inputs.recipe, options, told) or {}
+    rows, verdict = (found["probe"]["rows"], found["verdict"]["text"]) if found else ([], "")
+    return RunResult(folder, folder / "report.html", found, rows, verdict)
 
 
 def evaluate(
     weights: SomePath,
-    kind: Literal["knn", "linear"] = "knn",
+    kind: str = "knn",
     *,
     data: SomePath,
     val: SomePath | None = None,
-    which: Which | None = None,
-    size: int | None = None,
-    crop: float | None = None,
+    which: str | None = None,
     device: str = "auto",
-    workers: int | None = None,
-    seed: int = 0,
-    protocol: str | None = None,
-    batch_size: int | None = None,
-    reestimate_bn: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """What frozen features are worth, by labelled photos: ``fastssl evaluate knn`` or ``linear``.
-
-    Args:
-        weights: a run's folder or one of its files.
-        data, val, ..., reestimate_bn: as `fastssl evaluate knn --help` says.
-        options: of kNN ``k``, ``temperature``, ``leave_one_out``; of a linear protocol that trains ``epochs``, ``lr``
-            and ``weight_decay`` (lists of numbers), ``sweep``, ``select``, ``cached_epochs``.
+    """``fastssl evaluate knn`` or ``linear`` (``kind``), whose ``--help`` has the options, by their long names.
 
     Returns:
         the record that ``--json`` writes: ``accuracy``, ``confidence``, ... in percent.
     """
-    known: dict[str, Any] = {"k": None, "temperature": None, "leave_one_out": False}
-    if kind == "linear":
-        known = {"epochs": None, "lr": (), "weight_decay": (), "sweep": False, "select": None, "cached_epochs": None}
-    elif kind != "knn":
-        raise UsageError(f"kind={kind!r}: knn or linear; for what fine-tunes there is the command, fastssl evaluate")
-    protocol = protocol or ("fast" if kind == "linear" else "dino")
-    if strange := sorted(options.keys() - known.keys()):
-        raise UsageError(f"{strange[0]}: no such option of {kind}; there are {', '.join(known)}")
-    if protocol == "fast" and options:
-        raise UsageError(f"{next(iter(options))} belongs to a protocol that trains; fast is none")
-    asked = SimpleNamespace(**known | options, **{"data": _place(data), "val": None if val is None else _place(val)})
-    vars(asked).update(size=size, crop=crop, workers=workers, seed=seed, protocol=protocol, reestimate_bn=reestimate_bn)
-    asked.batch_size = batch_size or (PASS if kind == "knn" else None)
+    if kind not in _OPTIONS:
+        raise UsageError(f"kind={kind!r}: knn or linear; what fine-tunes is the command's, fastssl evaluate")
+    if strange := sorted(options.keys() - _OPTIONS[kind].keys()):
+        raise UsageError(f"{strange[0]}: no such option of {kind}; there are {', '.join(_OPTIONS[kind])}")
+    asked = SimpleNamespace(**{**_OPTIONS[kind], **options}, data=_place(data), val=_place(val))
+    asked.protocol = asked.protocol or ("dino" if kind == "knn" else "fast")
     with open_session(os.fspath(weights), which=which, device=device) as session:
         frozen = Frozen(session, asked, silent, _warn)
         if kind == "linear":
@@ -209,60 +133,19 @@ def evaluate(
         return frozen.knn()[1][0]
 
 
-def embed(
-    weights: SomePath,
-    data: SomePath,
-    *,
-    which: Which | None = None,
-    size: int | None = None,
-    crop: float | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-) -> Features:
-    """The features of all photos of ``data``, in their order; with labels where there are any. ``size``, ``crop``: of
-    the centre crop, by default the run's own.
-    """
-    with open_session(os.fspath(weights), which=which, device=device) as session:
-        seen = pictures(session, SimpleNamespace(size=size, crop=crop), _warn)
-        with open_photos(_place(data), workers) as reader:
-            return extract_features(session.trained.backbone, reader, device=session.device, workers=workers, **seen)
-
-
 def export(
-    weights: SomePath,
-    destination: SomePath,
-    format: str = "timm",
-    *,
-    which: Which | None = None,
-    size: int | None = None,
+    weights: SomePath, dst: SomePath, format: str = "timm", *, which: str | None = None, **options: Any
 ) -> Exported:
-    """Write the backbone for timm, torchvision or ONNX: ``fastssl export``, whose help says what is written and how it
-    is checked.
-    """
-    return export_backbone(load_trained(os.fspath(weights), which), Path(destination), format, size=size)
+    """``fastssl export``, whose ``--help`` says what is written and how it is checked; options as of that."""
+    return export_backbone(load_trained(os.fspath(weights), which), Path(dst), format, **options)
 
 
-def load_backbone(weights: SomePath, which: Which | None = None) -> nn.Module:
-    """The backbone of a run's folder or of one of its files, as a timm module in evaluation mode, on the CPU.
-
-    Raises:
-        FastSSLError: no such file, not ours, or tensors missing, left over or of another kind.
-    """
-    return load_trained(os.fspath(weights), which).backbone
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
-def transform(weights: SomePath, *, size: int | None = None, crop: float | None = None) -> Transform:
-    """What makes of a photo what the network of a run is to see, see `Transform`; ``size`` and ``crop`` by default the
-    run's own.
-    """
-    found = load_trained(os.fspath(weights))
-    size, crop = size or found.size or EVALUATION_SIZE, crop or found.crop or EVALUATION_CROP
-    return Transform(ViewSpec.evaluation(size, crop, found.normalisation))
-
-
-def _place(path: SomePath) -> Path:
+def _place(path: SomePath | None) -> Any:
     """An address of a server stays the text that it is: pathlib would take one of the two slashes."""
-    text = os.fspath(path)
-    if not text:
+    if path == "":
         raise UsageError("the path is empty")
-    return text if "://" in text else Path(text)  # type: ignore[return-value]
+    return path if path is None or "://" in os.fspath(path) else Path(path)

@@ -21,7 +21,6 @@ from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
 from fastssl.utils.callable_module import CallableModule
-from fastssl.utils.signals import StopRequest
 
 __all__ = ["RunOptions", "pretrain"]
 
@@ -37,11 +36,9 @@ class _Silence:
     message = note = row
 
 
-def pretrain(
-    recipe: Recipe, options: RunOptions, progress: Progress, stop: StopRequest | None = None
-) -> dict[str, Any] | None:
+def pretrain(recipe: Recipe, options: RunOptions, progress: Progress) -> dict[str, Any] | None:
     """Train, probe, and write the run's folder; returns the summary, as in ``summary.json``, or None in all processes
-    but the first. ``stop``: to end it as a signal does.
+    but the first.
 
     Raises:
         Interrupted: by a signal, after a checkpoint was written.
@@ -72,7 +69,6 @@ def pretrain(
                         log.note(f"all {world.size} are here after {time.monotonic() - joining:.0f} s")
                     run = prepare(recipe, options, reader, val, log, world, device)
                     files.callback(run.close)
-                    run.stop = stop or run.stop
                     run.tell_status("training")
                     # Until this process has left the others: a launcher repeats itself, and ends all as soon as the
                     # first has gone.

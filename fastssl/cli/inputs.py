@@ -5,19 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option
-from fastssl.data import inputs
-from fastssl.data.inputs import Inputs, Wanted
-from fastssl.errors import UsageError
-
-if TYPE_CHECKING:
-    from fastssl.config.recipe import Recipe
-    from fastssl.data.photo_source import Source
+from fastssl.data.inputs import Told, Wanted
 
 _photos = functools.partial(click.option, type=SomePath(remote=True), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 _PHOTOS_AND_RECIPE = (
@@ -58,7 +51,7 @@ _LENGTH_AND_MACHINE = (
         help="Default: the recipe's, or fewer where there are few photos. All of the learning rate's schedule follows.",
     ),
     pipeline_option,
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option(
         "--workers", type=click.IntRange(min=1), help="Decoding threads. Default: the cores this process may use."
     ),
@@ -83,21 +76,7 @@ def input_options(*out: Callable[..., Any]) -> Callable[[Callable[..., None]], C
     return decorated
 
 
-def choose_inputs(wanted: Wanted, processes: int = 1) -> Inputs:
-    """`fastssl.data.inputs.choose_inputs` of what the options say, told on the console, which is silent in all
-    processes but the first; warnings also with --quiet. Raises click.UsageError where one value is given twice.
-    """
-    try:
-        return inputs.choose_inputs(
-            wanted, processes, note=console.note, warn=lambda line: console.say(f"warning: {line}"), bar=_converting
-        )
-    except UsageError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def beton_of(source: Source, recipe: Recipe) -> Path:
-    """The photos as a ``.beton`` file, of which the recipe's views can be made; with a bar where they are converted."""
-    return inputs.beton_of(source, recipe, console.note, _converting)
-
-
-_converting = functools.partial(late_progress_bar, "converting")
+#: The console, which is silent in all processes but the first; warnings come also with --quiet.
+ON_CONSOLE = Told(
+    console.note, lambda line: console.say(f"warning: {line}"), functools.partial(late_progress_bar, "converting")
+)

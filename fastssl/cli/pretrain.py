@@ -8,7 +8,8 @@ import click
 
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
-from fastssl.cli.inputs import Wanted, choose_inputs, input_options
+from fastssl.cli.inputs import ON_CONSOLE, input_options
+from fastssl.data.inputs import Wanted, choose_inputs
 from fastssl.errors import counted, without_folders
 
 
@@ -54,7 +55,7 @@ def pretrain(wanted: Wanted, out: Path | None, seed: int, resume: str, check: bo
     from fastssl.pretrain import pretrain as run
 
     with first_of_host_speaks():
-        inputs = choose_inputs(wanted, processes=world.size)
+        inputs = choose_inputs(wanted, ON_CONSOLE, world.size)
     options = RunOptions(
         recipe_name=inputs.name,
         data=inputs.data,

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from fastssl.data.photo_source import Source
 
 
-#: A block with a function to be told (done, of how many).
-Bar = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
+@dataclass(frozen=True)
+class Told:
+    """Who is told what was chosen or converted (``note``), what may not be as was meant (``warn``), and in a block of
+    ``bar`` how far a conversion is: (done, of how many).
+    """
+
+    note: Callable[[str], None]
+    warn: Callable[[str], None]
+    bar: Callable[[], AbstractContextManager[Callable[[int, int], None]]] = lambda: nullcontext(lambda *done: None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +61,9 @@ class Inputs:
         return Path("runs") / f"{self.name}-{self.recipe.arch}"
 
 
-def choose_inputs(
-    wanted: Wanted,
-    processes: int = 1,
-    *,
-    note: Callable[[str], None],
-    warn: Callable[[str], None],
-    bar: Bar = lambda: nullcontext(lambda done, total: None),
-) -> Inputs:
-    """Recipe and photos that are asked for, of a run whose steps ``processes`` share. ``note`` is told what was chosen,
-    converted or changed on the way, ``warn`` what may not be as it was meant, ``bar`` how far a conversion is. Raises
-    UsageError where one value is given twice, FastSSLError where there is no such recipe, key, network or photos.
+def choose_inputs(wanted: Wanted, told: Told, processes: int = 1) -> Inputs:
+    """Recipe and photos that are asked for, of a run whose steps ``processes`` share. Raises UsageError where one value
+    is given twice, FastSSLError where there is no such recipe, key, network or photos.
     """
     from fastssl.config.recipe import load_recipe, parse_overrides
     from fastssl.config.recipe_choice import choose, fit, warnings_for
@@ -99,30 +98,30 @@ def choose_inputs(
         val = wanted.data
     val_source = None if val is None else look_at(val, "val")
     for line in (*(source.notes if source else ()), *(val_source.notes if val_source else ())):
-        note(line)
+        told.note(line)
     if reason:
-        note(f"recipe {recipe_name} {reason}")
+        told.note(f"recipe {recipe_name} {reason}")
     if source is None:
         samples = sample_set.ensure_sample_set()
         data, val = samples.train, samples.val
     else:
-        data = beton_of(source, recipe, note, bar, wanted.workers)
+        data = beton_of(source, recipe, told, wanted.workers)
     if val_source is not None:
-        val = beton_of(val_source, recipe, note, bar, wanted.workers)
+        val = beton_of(val_source, recipe, told, wanted.workers)
     found = look_at(data)  # as they are stored: photos that were rejected are gone, large ones scaled down
     where = shown(source.path if source else data)
     recipe, lines = fit(recipe, found.photos, given=changes.keys(), processes=processes, where=where)
     for line in lines:
-        note(line)
+        told.note(line)
     assert found.short_side is not None  # a .beton file says it
     for line in warnings_for(recipe, own_arch, found.photos, found.short_side, found.shortened):
-        warn(line)
+        told.warn(line)
     return Inputs(recipe, Path(recipe_name).stem, data, val)
 
 
-def beton_of(source: Source, recipe: Recipe, note: Callable[[str], None], bar: Bar, workers: int | None = None) -> Path:
+def beton_of(source: Source, recipe: Recipe, told: Told, workers: int | None = None) -> Path:
     """The photos as a ``.beton`` file, of which the recipe's views can be made."""
     from fastssl.data.photo_source import as_beton, side_for
 
-    with bar() as progress:
-        return as_beton(source, side_for(recipe), workers=workers, say=note, progress=progress)
+    with told.bar() as progress:
+        return as_beton(source, side_for(recipe), workers=workers, say=told.note, progress=progress)

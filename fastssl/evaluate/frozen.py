@@ -11,27 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastssl.errors import counted
+from fastssl.errors import UsageError, counted
+from fastssl.evaluate import features, photos
 from fastssl.evaluate.batchnorm import reestimated
-from fastssl.evaluate.features import (
-    EVALUATION_CROP,
-    EVALUATION_SIZE,
-    Bar,
-    Features,
-    gathered,
-    require_size,
-    share_features,
-)
+from fastssl.evaluate.features import Bar, Features
 from fastssl.evaluate.knn import knn_accuracies
 from fastssl.evaluate.linear import linear_probe
-from fastssl.evaluate.photos import (
-    LabelledSplit,
-    open_photos,
-    open_split,
-    require_classes,
-    require_labels,
-    scaled_to,
-)
 from fastssl.evaluate.protocols import KNN_PROTOCOLS, PROTOCOLS, Pictures, differing, trials
 from fastssl.evaluate.published_probe import published_probe
 from fastssl.evaluate.session import Session
@@ -40,6 +25,8 @@ from fastssl.pipelines.beton.reader import BetonReader
 _OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
 #: Photos a pass of the network, where nothing else is asked for.
 PASS = 256
+#: Options of the linear protocols that train.
+TRAINING = ("epochs", "lr", "weight_decay", "sweep", "select", "cached_epochs")
 
 
 class Frozen:
@@ -57,7 +44,7 @@ class Frozen:
         asked, session = self.asked, self.session
         k, temperature = KNN_PROTOCOLS[asked.protocol]
         ks, temperature = asked.ks or (k,), asked.temperature or temperature
-        bank, judged, photos = self._bank_and_judged()
+        bank, judged, of_photos = self._bank_and_judged()
         search: dict[str, Any] = {"ks": ks, "temperature": temperature, "device": session.device}
         results = knn_accuracies(bank, judged, leave_one_out=asked.leave_one_out, shared=True, **search)
         evaluation, kind, among = (
@@ -71,7 +58,7 @@ class Frozen:
         for found in map(asdict, results):
             vote = f"k {found['k']}, T {found['temperature']:g}"
             lines.append(f"{kind} ({vote}): {percent(found)} of {photos_of(found, asked.size, among)}")
-            used = {**photos, **self._pictures(), "bfloat16": False, **found}
+            used = {**of_photos, **self._pictures(), "bfloat16": False, **found}
             used |= {"protocol": names.get((found["k"], found["temperature"])), "changed": differing(used, usual)}
             records.append(session.record(evaluation, **used))
         return "\n".join(lines), records
@@ -79,7 +66,14 @@ class Frozen:
     def linear(self) -> tuple[str, dict[str, Any]]:
         """What is said, and the record."""
         asked = self.asked
-        with open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
+        if given := [name for name in TRAINING if asked.protocol == "fast" and getattr(asked, name)]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise UsageError(f"{option} belongs to a protocol that trains: --protocol {', '.join(PROTOCOLS)}")
+        if asked.sweep and asked.lr:
+            raise UsageError("--sweep goes around the protocol's rate: give either --lr or --sweep")
+        if asked.protocol not in ("fast", *PROTOCOLS):
+            raise UsageError(f"no protocol {asked.protocol!r}; there are fast, {', '.join(PROTOCOLS)}")
+        with photos.open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
             line, figures = (self._fast if asked.protocol == "fast" else self._published)(split)
             return line, self.session.record("linear", **{**split.record(), **self._pictures(), **figures})
 
@@ -89,32 +83,33 @@ class Frozen:
         """
         asked = self.asked
         if not asked.leave_one_out:
-            with open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
-                require_classes(split.classes, split.train, "photos that vote", "kNN")
+            with photos.open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
+                photos.require_classes(split.classes, split.train, "photos that vote", "kNN")
                 bank, judged = self._split_features(split)
-                return bank, gathered(judged), split.record()
+                return bank, features.gathered(judged), split.record()
         with (
-            open_photos(asked.data, asked.workers) as train,
-            open_photos(asked.val, asked.workers, "val") if asked.val else nullcontext(train) as reader,
+            photos.open_photos(asked.data, asked.workers) as train,
+            photos.open_photos(asked.val, asked.workers, "val") if asked.val else nullcontext(train) as reader,
         ):
-            require_classes(np.unique(require_labels(reader)), reader, "photos that vote", "kNN")
+            photos.require_classes(np.unique(photos.require_labels(reader)), reader, "photos that vote", "kNN")
             bank = self._features(self._network(train), "photos", reader, np.arange(len(reader)))
             read = train.path.name if reader is train or asked.reestimate_bn else None
             names = {"data": read, "val": asked.val and reader.path.name, "held_out_seed": None}
-            return bank, gathered(bank), {**names, **dict.fromkeys(("scaled_to", "val_scaled_to"), scaled_to(reader))}
+            names |= dict.fromkeys(("scaled_to", "val_scaled_to"), photos.scaled_to(reader))
+            return bank, features.gathered(bank), names
 
-    def _fast(self, split: LabelledSplit) -> tuple[str, dict[str, Any]]:
+    def _fast(self, split: photos.LabelledSplit) -> tuple[str, dict[str, Any]]:
         """(what is said, what the record holds)."""
         self.asked.batch_size = self.asked.batch_size or PASS
-        train, judged = map(gathered, self._split_features(split))
+        train, judged = map(features.gathered, self._split_features(split))
         found = asdict(linear_probe(train, judged, device=self.session.device))
         line = f"fast linear probe (cached features, L2 {found['l2']:g}): {percent(found)} of "
         return line + photos_of(found, self.asked.size), {"protocol": "fast", **found}
 
-    def _published(self, split: LabelledSplit) -> tuple[str, dict[str, Any]]:
+    def _published(self, split: photos.LabelledSplit) -> tuple[str, dict[str, Any]]:
         """The same of a protocol that trains: the headline, and below it what was chosen, and on what."""
         asked, protocol = self.asked, PROTOCOLS[self.asked.protocol]
-        grid = trials(protocol, asked.lr, asked.weight_decay, sweep=asked.sweep)
+        grid = trials(protocol, asked.lr or (), asked.weight_decay or (), sweep=bool(asked.sweep))
         names = (*_OF_FEATURES, "epochs", "cached_epochs", "reestimate_bn", "seed")
         chosen = {name: value for name in names if (value := getattr(asked, name)) is not None}
         chosen["choose_on"] = (asked.select or "val").replace("-", "_")
@@ -138,21 +133,21 @@ class Frozen:
             lines.append(f"  best of {len(grid)} ({trial}), {chosen_on}: {percent(found, 'chosen_')}{edge}")
         return "\n".join(lines), found
 
-    def _network(self, photos: BetonReader, indices: np.ndarray | None = None) -> nn.Module:
+    def _network(self, reader: BetonReader, indices: np.ndarray | None = None) -> nn.Module:
         """The session's; if that is asked for, with BatchNorm statistics of these photos (see ``reestimated``)."""
         asked, device, backbone = self.asked, self.session.device, self.session.trained.backbone
-        require_size(backbone, asked.size, device)
+        features.require_size(backbone, asked.size, device)
         if not asked.reestimate_bn:
             return backbone
         how = {name: getattr(asked, name) for name in (*_OF_FEATURES, "seed")}
-        return reestimated(backbone, photos, samples=asked.reestimate_bn, device=device, indices=indices, **how)
+        return reestimated(backbone, reader, samples=asked.reestimate_bn, device=device, indices=indices, **how)
 
     def _features(self, backbone: nn.Module, label: str, reader: BetonReader, index: np.ndarray) -> Features:
         """This process's share of the features of the samples ``index``."""
         how = {name: getattr(self.asked, name) for name in _OF_FEATURES}
-        return share_features(backbone, reader, index, label, self.bar, device=self.session.device, **how)
+        return features.share_features(backbone, reader, index, label, self.bar, device=self.session.device, **how)
 
-    def _split_features(self, split: LabelledSplit) -> tuple[Features, Features]:
+    def _split_features(self, split: photos.LabelledSplit) -> tuple[Features, Features]:
         """``_features`` of both parts."""
         backbone = self._network(split.train, split.train_index)
         bank = self._features(backbone, "training photos", split.train, split.train_index)
@@ -168,7 +163,7 @@ def pictures(session: Session, asked: SimpleNamespace, say: Callable[[str], None
     usual ones; and the network's ``normalisation``.
     """
     found: dict[str, Any] = {"normalisation": session.trained.normalisation}
-    for name, usual in (("size", EVALUATION_SIZE), ("crop", EVALUATION_CROP)):
+    for name, usual in (("size", features.EVALUATION_SIZE), ("crop", features.EVALUATION_CROP)):
         wanted, own = getattr(asked, name), getattr(session.trained, name)
         if session.is_main and None not in (wanted, own) and wanted != own:
             say(f"--{name} {wanted:g}: the run itself was probed with {own:g} (probe.{name})")

@@ -1,4 +1,4 @@
-"""``fastssl.evaluate`` is a package, ``fastssl.pretrain`` a module; each is also the function of that name."""
+"""``fastssl.evaluate`` is a package and ``fastssl.pretrain`` a module; each is also the function of that name."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from fastssl.errors import require_posix
+
 
 class CallableModule(ModuleType):
-    """The class of a module ``fastssl.NAME`` that can be called as ``fastssl.api.NAME``. Python makes every module that
-    is imported an attribute of its package: a function of that name there would be gone with the first import.
+    """The class of a module ``fastssl.NAME`` that can be called as ``fastssl.api.NAME``: importing a module makes it an
+    attribute of its package, in the place of a function of that name.
     """
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._function)
+    __signature__ = property(lambda self: inspect.signature(self._function))
 
     @property
     def _function(self) -> Any:
+        require_posix()
         return getattr(import_module("fastssl.api"), self.__name__.rpartition(".")[2])
 
     def __call__(self, *args: Any, **options: Any) -> Any:

@@ -113,12 +113,6 @@ def linear(**values: Any) -> None:
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --protocol sslight --sweep --json linear.json
     """
     asked = SimpleNamespace(**values)
-    training = ("epochs", "lr", "weight_decay", "sweep", "select", "cached_epochs")
-    if asked.protocol == "fast" and (given := [name for name in training if values[name]]):
-        name = given[0].replace("_", "-")
-        raise click.UsageError(f"--{name} belongs to a protocol that trains: --protocol {', '.join(_PROTOCOLS)}")
-    if asked.sweep and asked.lr:
-        raise click.UsageError("--sweep goes around the protocol's rate: give either --lr or --sweep")
 
     from fastssl.evaluate.frozen import Frozen
     from fastssl.evaluate.session import open_session
