@@ -7,18 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastssl._version import __version__
-from fastssl.errors import FastSSLError, Interrupted
+from fastssl.errors import FastSSLError, Interrupted, require_posix
 
 if TYPE_CHECKING:
-    from fastssl.api import RunResult as RunResult
-    from fastssl.api import evaluate, pretrain
-    from fastssl.api import export as export
-    from fastssl.evaluate.trained import load_backbone as load_backbone
-    from fastssl.evaluate.transform import transform as transform
+    from fastssl.api import RunResult, evaluate, export, pretrain
+    from fastssl.evaluate.trained import load_backbone
+    from fastssl.evaluate.transform import transform
 
 #: Where each name lives.
 _HOMES = {"RunResult": "api", "export": "api", "load_backbone": "evaluate.trained", "transform": "evaluate.transform"}
-__all__ = ["FastSSLError", "Interrupted", "__version__", "evaluate", "pretrain", *_HOMES]
+__all__ = ["FastSSLError", "Interrupted", "__version__", "evaluate", "pretrain"]
+__all__ += ["RunResult", "export", "load_backbone", "transform"]
 
 # Read when torch is loaded: what it cannot do on an Apple GPU, it does on the CPU, and says so.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -27,7 +26,12 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 def __getattr__(name: str) -> Any:
     # Lazy: `fastssl --help` should not load torch.
     if name in ("evaluate", "pretrain"):  # see `CallableModule`
+        require_posix()
         return import_module(f"fastssl.{name}")
     if name in _HOMES:
         return getattr(import_module(f"fastssl.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fastssl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

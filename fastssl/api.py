@@ -21,7 +21,7 @@ from fastssl.evaluate.features import silent
 from fastssl.evaluate.frozen import TRAINING, Frozen
 from fastssl.evaluate.session import open_session
 from fastssl.evaluate.trained import load_backbone, load_trained
-from fastssl.weights.export import Exported, export_backbone
+from fastssl.weights.export import ENDINGS, Exported, export_backbone
 
 SomePath = str | os.PathLike[str]
 _log = logging.getLogger("fastssl")
@@ -137,6 +137,8 @@ def export(
     weights: SomePath, dst: SomePath, format: str = "timm", *, which: str | None = None, **options: Any
 ) -> Exported:
     """``fastssl export``, whose ``--help`` says what is written and how it is checked; options as of that."""
+    if format not in ENDINGS:
+        raise UsageError(f"format={format!r}: there are {', '.join(ENDINGS)}")
     return export_backbone(load_trained(os.fspath(weights), which), Path(dst), format, **options)
 
 

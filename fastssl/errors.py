@@ -62,13 +62,10 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise WorkerError(f"{os.fspath(path)}: {what}: {why}") from error
 
 
-_OUT_OF_MEMORY = ("you tried to allocate", "ALLOC_FAILED", "MPS backend out of memory")
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has failed: Python's, or torch's, which on a CPU has words for it and no class."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return named or any(words in str(error) for words in ("you tried to allocate", "ALLOC_FAILED", "MPS backend out"))
 
 
 def counted(number: int, noun: str) -> str:

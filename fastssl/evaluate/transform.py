@@ -12,7 +12,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.features import EVALUATION_CROP, EVALUATION_SIZE
 from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.convert.encode import encode_photo, opaque
 from fastssl.pipelines.convert.options import ConvertOptions
@@ -42,8 +41,8 @@ class Transform:
 def transform(weights: str | os.PathLike[str], *, size: int | None = None, crop: float | None = None) -> Transform:
     """The ``Transform`` for the network of a run, by its own ``size`` (pixels) and ``crop`` (of the short side)."""
     run = load_trained(os.fspath(weights))
-    size, crop = size or run.size or EVALUATION_SIZE, crop or run.crop or EVALUATION_CROP
-    return Transform(ViewSpec.evaluation(size, crop, run.normalisation))
+    # Where nobody says: the usual ones. The evaluation's own names would load what Windows does not have.
+    return Transform(ViewSpec.evaluation(size or run.size or 224, crop or run.crop or 0.875, run.normalisation))
 
 
 def _pixels(photo: Photo) -> np.ndarray:
