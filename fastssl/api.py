@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from fastssl import pretrain as training
 from fastssl.data.inputs import Told, Wanted, choose_inputs
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import UsageError
@@ -21,6 +20,8 @@ from fastssl.evaluate.features import silent
 from fastssl.evaluate.frozen import TRAINING, Frozen
 from fastssl.evaluate.session import open_session
 from fastssl.evaluate.trained import load_backbone, load_trained
+from fastssl.pretrain import RunOptions
+from fastssl.pretrain import pretrain as make_run
 from fastssl.weights.export import ENDINGS, Exported, export_backbone
 
 SomePath = str | os.PathLike[str]
@@ -89,17 +90,17 @@ def pretrain(
         Interrupted: by Ctrl-C or a notebook's stop button, after a checkpoint was written. The same call goes
             on from there. FastSSLError: says what to change.
     """
-    photos, where = {"data": _place(data), "val": _place(val)}, {"device": device, "workers": workers}
+    where: dict[str, Any] = {"device": device, "pipeline": pipeline, "workers": workers}
     asked: dict[str, Any] = {"arch": arch, "recipe_name": recipe, "epochs": epochs, "batch_size": batch_size}
-    wanted = Wanted(overrides=overrides, pipeline=pipeline, **asked, **photos, **where)
+    wanted = Wanted(overrides=overrides, data=_place(data), val=_place(val), **asked, **where)
     with first_of_host_speaks():
         inputs = choose_inputs(wanted, Told(_log.info, _warn), world_from_environment().size)
     folder = inputs.folder if out is None else Path(out)
-    how: dict[str, Any] = {"pipeline": pipeline, "seed": seed, "resume": resume, "check": check, **where}
-    options = training.RunOptions(inputs.name, inputs.data, folder, inputs.val, **how)
+    where |= {"seed": seed, "resume": resume, "check": check}
+    options = RunOptions(inputs.name, inputs.data, folder, inputs.val, **where)
     told: Any = SimpleNamespace(message=_warn, note=_log.info)
     told.row = lambda row, done, total: progress({**row, "done": done, "total": total})
-    found = training.pretrain(inputs.recipe, options, told) or {}
+    found = make_run(inputs.recipe, options, told) or {}
     rows, verdict = (found["probe"]["rows"], found["verdict"]["text"]) if found else ([], "")
     return RunResult(folder, folder / "report.html", found, rows, verdict)
 

@@ -72,7 +72,7 @@ def test_what_is_left_out_is_chosen_as_the_command_does(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("fastssl.pretrain.pretrain", lambda *all: seen.append(all))
+    monkeypatch.setattr("fastssl.api.make_run", lambda *all: seen.append(all))
     changes, folder = {"simclr.temperature": 0.5, "views.0.size": 64}, photos(tmp_path / "photos", 20, 40)
     with caplog.at_level("INFO", "fastssl"), pytest.warns(UserWarning, match="shorter side of 40 px"):
         result = fastssl.pretrain(str(folder), **changes)
