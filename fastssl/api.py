@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from fastssl.data.inputs import Told, Wanted, choose_inputs
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import UsageError
 from fastssl.evaluate.features import silent
 from fastssl.evaluate.frozen import TRAINING, Frozen
 from fastssl.evaluate.session import open_session
 from fastssl.evaluate.trained import load_backbone, load_trained
+from fastssl.inputs import Told, Wanted, choose_inputs
 from fastssl.pretrain import RunOptions
 from fastssl.pretrain import pretrain as make_run
 from fastssl.weights.export import ENDINGS, Exported, export_backbone

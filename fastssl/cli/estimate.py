@@ -10,8 +10,8 @@ import click
 
 from fastssl.cli.common import console, finite, json_option, write_json
 from fastssl.cli.inputs import ON_CONSOLE, input_options
-from fastssl.data.inputs import Wanted, choose_inputs
 from fastssl.errors import counted, duration
+from fastssl.inputs import Wanted, choose_inputs
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fastssl.cli.common import SomePath, console, late_progress_bar, pipeline_option
-from fastssl.data.inputs import Told, Wanted
+from fastssl.inputs import Told, Wanted
 
 _photos = functools.partial(click.option, type=SomePath(remote=True), metavar="FOLDER|TAR|FILE.beton|'PATTERN'")
 _PHOTOS_AND_RECIPE = (

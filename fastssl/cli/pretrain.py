@@ -9,8 +9,8 @@ import click
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
 from fastssl.cli.inputs import ON_CONSOLE, input_options
-from fastssl.data.inputs import Wanted, choose_inputs
 from fastssl.errors import counted, without_folders
+from fastssl.inputs import Wanted, choose_inputs
 
 
 @click.command()

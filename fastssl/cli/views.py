@@ -9,7 +9,7 @@ import click
 
 from fastssl.cli.common import PIPELINES, SomePath, console
 from fastssl.cli.inputs import ON_CONSOLE
-from fastssl.data.inputs import beton_of
+from fastssl.inputs import beton_of
 
 
 @click.command(context_settings={"show_default": True})

@@ -16,9 +16,9 @@ from conftest import jpeg_bytes, make_photo
 from fastssl.cli import main
 from fastssl.cli.inputs import ON_CONSOLE
 from fastssl.data import sample_set
-from fastssl.data.inputs import Inputs, Wanted, choose_inputs
 from fastssl.distributed import devices
 from fastssl.errors import FastSSLError, UsageError
+from fastssl.inputs import Inputs, Wanted, choose_inputs
 
 ARCH = "lcnet_035"
 #: A network's heads and views that take no time.
