@@ -4,6 +4,7 @@ about it. And words that messages share.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import unicodedata
@@ -42,6 +43,10 @@ class Interrupted(FastSSLError):
     """The work was asked to stop (SIGINT, SIGTERM), and what was done is saved. The command line leaves with 130."""
 
 
+class UsageError(FastSSLError):
+    """What was asked for contradicts itself. The command line leaves with 2."""
+
+
 @contextmanager
 def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
     """For threads: what is raised in here and is no failure of ours becomes a ``WorkerError`` that names ``what``."""
@@ -60,7 +65,7 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has failed: Python's, or torch's, which on a CPU has words for it and no class."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "you tried to allocate" in str(error) or "ALLOC_FAILED" in str(error)
+    return named or any(words in str(error) for words in ("you tried to allocate", "ALLOC_FAILED", "MPS backend out"))
 
 
 def counted(number: int, noun: str) -> str:
@@ -72,6 +77,12 @@ def counted(number: int, noun: str) -> str:
     if re.search("(s|x|sh|[nrt]ch)$", noun):
         return f"{number:,} {noun}es"
     return f"{number:,} {re.sub('(?<![aeiou])y$', 'ie', noun)}s"
+
+
+def require_posix() -> None:
+    """FastSSLError where the system lacks the locks, signals and reads of Linux and macOS."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise FastSSLError("fastssl trains on Linux and macOS, this system lacks what it needs (fcntl): use WSL 2")
 
 
 def duration(seconds: float) -> str:

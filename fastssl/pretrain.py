@@ -1,10 +1,10 @@
-"""Pre-training from Python: processes, training, report.
-
-from fastssl.pretrain import RunOptions, pretrain
+"""One run: processes, training, report. The module itself is `fastssl.api.pretrain`, for all who have photos and no
+recipe at hand: ``fastssl.pretrain("photos/")``.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -21,8 +21,11 @@ from fastssl.runs.loggers import logging_to, require_loggers
 from fastssl.runs.status import State
 from fastssl.training.setup import Progress, RunOptions, Setup, prepare
 from fastssl.training.trainer import train
+from fastssl.utils.callable_module import CallableModule
 
 __all__ = ["RunOptions", "pretrain"]
+
+sys.modules[__name__].__class__ = CallableModule
 
 
 class _Silence:

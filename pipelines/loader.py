@@ -97,14 +97,16 @@ class ViewLoader:
         if not views:
             raise FastSSLError("a loader needs at least one view")
         place, threads = checked_device(device), available_cores() if workers is None else workers
-        settings = EngineSettings(place, batch_size, pipeline, threads, crops, on_bad, stall_minutes)
+        # For an Apple GPU the CPU does all, and the views move when they are done.
+        renders = torch.device("cpu") if place.type == "mps" else place
+        settings = EngineSettings(renders, batch_size, pipeline, threads, crops, on_bad, stall_minutes)
         if not (drop_last or shuffle) and world > 1:
             raise FastSSLError("drop_last=False with shuffle=False goes with one process: what is left has no parts")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FastSSLError(f"dtype={dtype!r} is not a floating-point dtype of torch; views are normalised")
         self.seed, self.rank, self.world, self.shuffle, self._view_epochs = seed, rank, world, shuffle, view_epochs
         self.drop_last, self.dtype, self.colour = drop_last, dtype, colour
-        self.device, self.views, self.batch_size = settings.device, list(views), settings.batch_size
+        self.device, self.views, self.batch_size = place, list(views), settings.batch_size
         self._owns_reader = not isinstance(data, BetonReader)
         self.reader = data if isinstance(data, BetonReader) else open_beton(data)
         try:
@@ -208,6 +210,7 @@ class ViewLoader:
                     # Host crops lie in the engine's ring, which the next batch writes over.
                     batch.views = [pixels if pixels.is_cuda else pixels.clone() for pixels in rendered.views]
                     batch.tables = [to_device(parameter_table(plan), self.device) for plan in plans]
+                batch.views = [views.to(self.device) for views in batch.views]
                 stats.colour_s += time.perf_counter() - started
                 stats.consumer_cpu_s += time.thread_time() - cpu
                 yield batch

@@ -19,7 +19,7 @@ import click
 from fastssl._version import __version__
 from fastssl.cli.lazy import LazyCommand, LazyGroup
 from fastssl.distributed.world import first_of_host_speaks
-from fastssl.errors import FastSSLError, Interrupted, printable
+from fastssl.errors import FastSSLError, Interrupted, UsageError, printable, require_posix
 from fastssl.utils.deadline import threads_given_up
 
 COMMANDS = {
@@ -99,14 +99,15 @@ def main(argv: list[str] | None = None) -> None:
     argv = [a for a in argv if a != "--debug"]
     global _interrupted_at
     _interrupted_at = -math.inf
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGUSR1, _interrupt)
-    atexit.unregister(_hear_no_more)
-    # Before all others, and so called behind them: what may hang there can still be ended.
-    atexit.register(_hear_no_more)
-    if not argv or argv[0] in _PRINTING or "--help" in argv:  # `fastssl recipes | head`: to end as any filter does
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
+        require_posix()
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGUSR1, _interrupt)
+        atexit.unregister(_hear_no_more)
+        # Before all others, and so called behind them: what may hang there can still be ended.
+        atexit.register(_hear_no_more)
+        if not argv or argv[0] in _PRINTING or "--help" in argv:  # `fastssl recipes | head`: to end as any filter does
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = _show_warning
@@ -122,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
             error = click.UsageError(f"{error.message}; {how}", getattr(error, "ctx", None))
         error.show()
         _leave(2)
+    except UsageError as error:
+        _leave(2, _line(error))
     except Interrupted as stop:
         _leave(130, _line(stop))
     except Exception as error:

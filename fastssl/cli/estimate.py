@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from fastssl.cli.common import console, finite, json_option, write_json
-from fastssl.cli.inputs import Wanted, choose_inputs, input_options
+from fastssl.cli.inputs import ON_CONSOLE, input_options
 from fastssl.errors import counted, duration
+from fastssl.inputs import Wanted, choose_inputs
 
 
 @click.command()
@@ -40,8 +41,9 @@ def estimate(wanted: Wanted, seconds: float, json_path: str | None) -> None:
     from fastssl.benchmarks.estimate.estimate import run
     from fastssl.distributed.devices import choose_device
 
-    inputs = choose_inputs(wanted)
-    place = choose_device(wanted.device)
+    inputs = choose_inputs(wanted, ON_CONSOLE)
+    if (place := choose_device(wanted.device)).type == "mps":
+        raise click.UsageError("--device mps: measured are cpu and cuda")
     where = f"{inputs.recipe.arch} on this {'GPU' if place.type == 'cuda' else 'CPU'}"
     console.say(f"measuring {inputs.name} with {where} for about {seconds:.0f} s ...")
     result = run(inputs.recipe, inputs.name, inputs.data, inputs.val, place, wanted.pipeline, wanted.workers, seconds)

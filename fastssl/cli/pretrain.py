@@ -10,8 +10,9 @@ import click
 
 from fastssl.cli.command import command_line
 from fastssl.cli.common import SomePath, console, json_option, quiet_option, write_json
-from fastssl.cli.inputs import Wanted, choose_inputs, input_options
+from fastssl.cli.inputs import ON_CONSOLE, input_options
 from fastssl.errors import counted, without_folders
+from fastssl.inputs import Wanted, choose_inputs
 from fastssl.runs.loggers import LOGGERS, require_loggers
 
 
@@ -78,12 +79,12 @@ def pretrain(wanted: Wanted, out: Path | None, json_path: str | None, cache_teac
         wanted = dataclasses.replace(wanted, overrides=(*wanted.overrides, cached))
     with first_of_host_speaks():
         require_loggers(how["log"])
-        inputs = choose_inputs(wanted, processes=world.size, run=out if how["resume"] != "never" else None)
+        inputs = choose_inputs(wanted, ON_CONSOLE, world.size, out if how["resume"] != "never" else None)
     options = RunOptions(
         recipe_name=inputs.name,
         data=inputs.data,
         val=inputs.val,
-        out=out or Path("runs") / f"{inputs.name}-{inputs.recipe.arch}",
+        out=out or inputs.folder,
         device=wanted.device,
         pipeline=wanted.pipeline,
         workers=wanted.workers,

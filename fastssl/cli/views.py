@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from fastssl.cli.common import PIPELINES, SomePath, console
-from fastssl.cli.inputs import beton_of
+from fastssl.cli.inputs import ON_CONSOLE
+from fastssl.inputs import beton_of
 
 
 @click.command(context_settings={"show_default": True})
@@ -62,7 +63,7 @@ def views(
     from fastssl.report.pictures import views_picture
 
     recipe = load_recipe(recipe_name, parse_overrides(overrides))
-    file = beton_of(look_at(file), recipe)
+    file = beton_of(look_at(file), recipe, ON_CONSOLE)
     if isinstance(recipe.views, MultiCrop):
         console.say(recipe.views.describe())
     # `auto` beside what it stands for would be a comparison with itself.

@@ -222,14 +222,14 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(
-    name: str, overrides: Mapping[str, str] | None = None, normalisation: Normalisation | None = None
+    name: str, overrides: Mapping[str, Any] | None = None, normalisation: Normalisation | None = None
 ) -> Recipe:
     """Read and check a recipe: one of ours by name, or a yaml file by path. Raises FastSSLError, with file and key, for
     an unknown recipe or key (with the nearest), a wrong type, or a value out of range.
 
     With another batch than the file's the whole schedule of the learning rate follows, see ``with_batch``; epochs take
-    the place of ``train.samples``. ``overrides``, as ``{"optim.lr": "0.1", "views.0.size": "64"}``, are yaml, and taken
-    as they are. ``normalisation``: of the views, where neither recipe nor overrides say theirs.
+    the place of ``train.samples``. ``overrides``, as ``{"optim.lr": "0.1", "views.0.size": 64}``, are taken as they
+    are; text is yaml. ``normalisation``: of the views, where neither recipe nor overrides say theirs.
     """
     path, overrides = recipe_path(name), overrides or {}
     tree = read_yaml(path)
@@ -239,7 +239,8 @@ def load_recipe(
     own_batch = (train if isinstance(train, dict) else {}).get("batch_size", TrainConfig.batch_size)
     # A whole design of the views first, wherever it stands: what was said of single numbers is a change of it.
     for key, text in sorted(overrides.items(), key=lambda item: ("views", "views.preset", item[0]).index(item[0])):
-        _override(tree, key, parse_yaml(text, f"--set {key}: {shown(text)} is not a value"))
+        not_one = f"--set {key}: {shown(text)} is not a value"
+        _override(tree, key, parse_yaml(text, not_one) if isinstance(text, str) else text)
     if normalisation is not None:
         _normalise(tree, normalisation)
     recipe = build_recipe(tree, where=path.name)

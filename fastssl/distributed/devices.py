@@ -13,16 +13,21 @@ from fastssl.errors import FastSSLError
 
 
 def choose_device(name: str, world: World = World(), environ: Mapping[str, str] = os.environ) -> torch.device:  # noqa: B008 (frozen)
-    """``auto`` is the GPU when there is one; of several processes on a machine each has its own.
+    """``auto`` is the NVIDIA GPU when there is one; of several processes on a machine each has its own. An Apple GPU
+    (``mps``) has to be asked for: nobody has tried it yet.
 
     srun with ``--gpus-per-task`` or ``--gpu-bind`` shows each process no other GPU than its own, which is then number
     0. (Where several are shown the same one, NCCL refuses it.)
 
     Raises:
-        FastSSLError: a GPU was asked for and torch sees none.
+        FastSSLError: a GPU was asked for and torch sees none, or there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise FastSSLError(f"device {name!r}: there are auto, cpu, cuda and mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise FastSSLError("--device mps: torch sees no Apple GPU here; --device cpu works anywhere")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise FastSSLError(
             "--device cuda: torch sees no NVIDIA GPU here; `fastssl doctor` says what is missing, --device cpu "
@@ -61,5 +66,7 @@ def only_deterministic() -> Iterator[None]:
 
 
 def use_amp(amp: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: ``auto`` does on a GPU, not on a CPU, where float32 is often faster."""
-    return amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    """Whether to compute in bfloat16: ``auto`` does on a GPU, not on a CPU, where float32 is often faster. Apple's GPUs
+    compute in float32.
+    """
+    return device.type != "mps" and (amp == "bf16" or (amp == "auto" and device.type == "cuda"))

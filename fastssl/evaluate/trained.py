@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 
 from fastssl.config.resolved import normalisation_of
 from fastssl.errors import FastSSLError
-from fastssl.models.backbones import create_backbone, load_backbone, read_header
+from fastssl.models import backbones
+from fastssl.models.backbones import create_backbone, read_header
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.runs.checkpoint import is_detector, load_checkpoint
 from fastssl.utils.yaml_file import read_yaml
@@ -47,6 +49,11 @@ class Trained:
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
         return {"checkpoint": self.name, "arch": self.arch, "network": self.network, "step": self.step}
+
+
+def load_backbone(weights: str | PathLike[str], which: str | None = None) -> nn.Module:
+    """The network of ``load_trained``: a timm module in evaluation mode, on the CPU."""
+    return load_trained(fspath(weights), which).backbone
 
 
 def load_trained(path: str | Path, which: str | None = None) -> Trained:
@@ -88,7 +95,7 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
     config = _config_beside(path)
     told = not header.keys().isdisjoint(Normalisation._fields)  # by older files it is not
     seen = normalisation_of({"views": [header]} if told else config)
-    return Trained(load_backbone(path), header["arch"], network, made, _short(path), *_probed(config), seen)
+    return Trained(backbones.load_backbone(path), header["arch"], network, made, _short(path), *_probed(config), seen)
 
 
 def checkpoints_of(run: Path) -> Path:

@@ -122,6 +122,9 @@ class TrainStep:
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
         self.fallbacks: dict[str, str] = {}
+        if device.type == "mps":
+            asked = {"bfloat16": recipe.train.amp == "bf16", "compile": recipe.train.compile is True}
+            self.fallbacks |= {what: "nobody tried it on an Apple GPU" for what, wanted in asked.items() if wanted}
         method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append, init)
         self.method = method.to(device).to(memory_format=torch.channels_last).train()
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):

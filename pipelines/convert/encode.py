@@ -170,15 +170,21 @@ def _decode_pillow(data: bytes, is_jpeg: bool, options: ConvertOptions) -> _Deco
     how = How.ANIMATED if getattr(image, "is_animated", False) else 0
     picture, number = deep.load(image, data, options.range)
     orientation = jpeg_header.orientation_and_profile(data)[0] if is_jpeg else image.getexif().get(0x0112, 1)
-    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    picture = opaque(picture)
     if not colour.is_srgb(profile := image.info.get("icc_profile") or b""):
         picture, by_profile = _by_profile(picture, profile, options)
         how |= by_profile
     rgb = np.asarray(picture.convert("RGB"))
     orientation = orientation if orientation in _TRANSPOSE else 1
     return _Decoded(rgb, options.target_size(*rgb.shape[:2]), orientation, how | number << _RANGE_SHIFT)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """The picture over white, where parts of it can be transparent."""
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return picture
 
 
 def _by_profile(image: Image.Image, profile: bytes, options: ConvertOptions) -> tuple[Image.Image, int]:

@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -15,10 +14,11 @@ import yaml
 from conftest import jpeg_bytes, make_photo
 
 from fastssl.cli import main
-from fastssl.cli.inputs import Inputs, Wanted, choose_inputs
+from fastssl.cli.inputs import ON_CONSOLE
 from fastssl.data import sample_set
 from fastssl.distributed import devices
-from fastssl.errors import FastSSLError
+from fastssl.errors import FastSSLError, UsageError
+from fastssl.inputs import Inputs, Wanted, choose_inputs
 
 ARCH = "lcnet_035"
 #: A network's heads and views that take no time.
@@ -47,7 +47,7 @@ def photos(folder: Path, count: int, side: int = 60, *, flat: bool = False) -> P
 
 def chosen(**options: object) -> Inputs:
     wanted = dict.fromkeys(field.name for field in dataclasses.fields(Wanted)) | {"device": "cpu", "overrides": ()}
-    return choose_inputs(Wanted(**{**wanted, "workers": 1, **options}))
+    return choose_inputs(Wanted(**{**wanted, "workers": 1, **options}), ON_CONSOLE)
 
 
 def cli(*arguments: object) -> int:
@@ -135,7 +135,7 @@ def test_mistakes_are_found_before_photos_are_converted(tmp_path: Path) -> None:
             chosen(data=folder, **options)
         assert not (tmp_path / "photos.beton").exists()
     for overrides in (("train.epochs=3",), ("train.samples=100",)):
-        with pytest.raises(click.UsageError):
+        with pytest.raises(UsageError):
             chosen(data=folder, epochs=3, overrides=overrides)
 
 

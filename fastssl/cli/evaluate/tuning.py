@@ -190,6 +190,7 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
     from fastssl.evaluate.classifier import Classifier, load_half_head, run_file, save_classifier, timm_classifier_name
     from fastssl.evaluate.features import ProbeError
     from fastssl.evaluate.finetune import FinetuneConfig, finetune
+    from fastssl.evaluate.frozen import pictures
     from fastssl.evaluate.photos import draw_labels, listed_labels, open_split, require_labels
     from fastssl.evaluate.protocols import Pictures, differing
     from fastssl.evaluate.session import open_session
@@ -218,7 +219,7 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
         split = dataclasses.replace(split, train_index=chosen)
         published = FinetuneConfig(epochs=EPOCHS_FEW if share <= FEW else EPOCHS_MORE)
         epochs = asked.epochs or published.epochs
-        seen = common.pictures(session, asked)
+        seen = pictures(session, asked, common.tell)
         config = FinetuneConfig(optim, epochs, asked.batch_size, asked.head_lr_factor, **seen)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -248,11 +249,13 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
 
 
 def _line(session: Session, record: dict[str, Any], available: int) -> str:
+    from fastssl.evaluate.frozen import percent
+
     name = "random weights" if session.trained.network == "random" else session.trained.network
     labels, learned = counted(available, "label"), record["train_samples"]
     of_labels = f"{learned:,} of {labels}" if learned < available else labels
     line = f"fine-tuned {name}, {of_labels}, {counted(record['classes'], 'class')}: "
-    line += f"{common.percent(record)} of {counted(record['val_samples'], 'photo')}"
+    line += f"{percent(record)} of {counted(record['val_samples'], 'photo')}"
     if record["top5"] is not None:
         line += f", top-5 {record['top5']:.2f} %"
     line += f"; best epoch {record['best_epoch']} of {record['epochs']}: {record['best_accuracy']:.2f} %"
