@@ -11,13 +11,15 @@ from fastssl.errors import FastSSLError, Interrupted, require_posix
 
 if TYPE_CHECKING:
     from fastssl.api import RunResult, evaluate, export, pretrain
+    from fastssl.evaluate.embed import embed
     from fastssl.evaluate.trained import load_backbone
     from fastssl.evaluate.transform import transform
 
 #: Where each name lives.
 _HOMES = {"RunResult": "api", "export": "api", "load_backbone": "evaluate.trained", "transform": "evaluate.transform"}
+_HOMES["embed"] = "evaluate.embed"
 __all__ = ["FastSSLError", "Interrupted", "__version__", "evaluate", "pretrain"]
-__all__ += ["RunResult", "export", "load_backbone", "transform"]
+__all__ += ["RunResult", "embed", "export", "load_backbone", "transform"]
 
 # Read when torch is loaded: what it cannot do on an Apple GPU, it does on the CPU, and says so.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")

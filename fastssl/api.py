@@ -24,6 +24,7 @@ from fastssl.pretrain import RunOptions
 from fastssl.pretrain import pretrain as make_run
 from fastssl.runs.loggers import require_loggers
 from fastssl.weights.export import ENDINGS, Exported, export_backbone
+from fastssl.weights.int8 import Int8
 
 SomePath = str | os.PathLike[str]
 _log = logging.getLogger("fastssl")
@@ -141,12 +142,22 @@ def evaluate(
 
 
 def export(
-    weights: SomePath, dst: SomePath, format: str = "timm", *, which: str | None = None, **options: Any
+    weights: SomePath,
+    dst: SomePath,
+    format: str = "timm",
+    *,
+    which: str | None = None,
+    data: SomePath | None = None,
+    max_drop: float = 1.0,
+    **options: Any,
 ) -> Exported:
-    """``fastssl export``, whose ``--help`` says what is written and how it is checked; options as of that."""
+    """``fastssl export``, whose ``--help`` says what is written and how it is checked. ``data``: write int8, calibrated
+    and judged on these photos; ``options``: ``size`` and ``input``.
+    """
     if format not in ENDINGS:
         raise UsageError(f"format={format!r}: there are {', '.join(ENDINGS)}")
-    return export_backbone(load_trained(os.fspath(weights), which), Path(dst), format, **options)
+    int8 = None if data is None else Int8(_place(data), max_drop)
+    return export_backbone(load_trained(os.fspath(weights), which), Path(dst), format, int8=int8, **options)
 
 
 def _warn(text: str) -> None:

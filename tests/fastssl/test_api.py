@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -103,6 +104,13 @@ def test_a_thread_can_train(beton: Path, trained: fastssl.RunResult, tmp_path: P
     assert ends == [trained.summary["probe"]]
 
 
+def test_a_run_may_begin_with_another_one(beton: Path, trained: fastssl.RunResult, tmp_path: Path) -> None:
+    result = run(beton, tmp_path, init_from=trained, epochs=1)
+    assert "as it came" in {row["name"] for row in result.rows}
+    with pytest.raises(fastssl.FastSSLError, match="nolog"):
+        run(beton, tmp_path, log=["nolog"])
+
+
 def test_a_run_is_judged_read_and_exported(beton: Path, trained: fastssl.RunResult, tmp_path: Path) -> None:
     for kind in ("knn", "linear"):
         assert cli("evaluate", kind, trained.out, "--data", beton, "--json", tmp_path / f"{kind}.json") == 0
@@ -110,6 +118,9 @@ def test_a_run_is_judged_read_and_exported(beton: Path, trained: fastssl.RunResu
         mine = fastssl.evaluate(trained, kind, data=beton)
         assert {**json.loads(to_json(mine)), "seconds": 0} == {**record, "seconds": 0}
     assert fastssl.evaluate(trained, data=beton, k=3)["k"] == 3
+    assert fastssl.embed(trained, beton, tmp_path / "features.npy")["photos"] == len(np.load(tmp_path / "features.npy"))
+    with pytest.raises(fastssl.FastSSLError, match="photo"):  # too few of them for int8
+        fastssl.export(trained, tmp_path / "mine.onnx", "onnx", data=beton)
     backbone = fastssl.load_backbone(trained)
     for one in (fastssl.load_backbone(trained.out / "checkpoints" / "last.safetensors"), trained.backbone()):
         assert torch.equal(next(one.parameters()), next(backbone.parameters())) and not one.training
