@@ -10,14 +10,13 @@ from fastssl._version import __version__
 from fastssl.errors import FastSSLError, Interrupted, require_posix
 
 if TYPE_CHECKING:
-    from fastssl.api import RunResult, evaluate, export, pretrain
-    from fastssl.evaluate.embed import embed
-    from fastssl.evaluate.trained import load_backbone
-    from fastssl.evaluate.transform import transform
+    from fastssl.api import RunResult, embed, evaluate, export, pretrain
+    from fastssl.weights.source import load_backbone
+    from fastssl.weights.transform import transform
 
 #: Where each name lives.
-_HOMES = {"RunResult": "api", "export": "api", "load_backbone": "evaluate.trained", "transform": "evaluate.transform"}
-_HOMES["embed"] = "evaluate.embed"
+_HOMES = dict.fromkeys(("RunResult", "embed", "export"), "api")
+_HOMES |= {"load_backbone": "weights.source", "transform": "weights.transform"}
 __all__ = ["FastSSLError", "Interrupted", "__version__", "evaluate", "pretrain"]
 __all__ += ["RunResult", "embed", "export", "load_backbone", "transform"]
 

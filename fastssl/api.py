@@ -15,16 +15,16 @@ from torch import nn
 
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import UsageError
+from fastssl.evaluate.embed import embed as write_features
 from fastssl.evaluate.features import silent
 from fastssl.evaluate.frozen import TRAINING, Frozen
-from fastssl.evaluate.session import open_session
-from fastssl.evaluate.trained import load_backbone, load_trained
 from fastssl.inputs import Told, Wanted, choose_inputs
 from fastssl.pretrain import RunOptions
 from fastssl.pretrain import pretrain as make_run
 from fastssl.runs.loggers import require_loggers
 from fastssl.weights.export import ENDINGS, Exported, export_backbone
 from fastssl.weights.int8 import Int8
+from fastssl.weights.source import load_backbone, load_weights, open_session
 
 SomePath = str | os.PathLike[str]
 _log = logging.getLogger("fastssl")
@@ -119,6 +119,7 @@ def evaluate(
     data: SomePath,
     val: SomePath | None = None,
     which: str | None = None,
+    arch: str | None = None,
     device: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
@@ -133,12 +134,19 @@ def evaluate(
         raise UsageError(f"{strange[0]}: no such option of {kind}; there are {', '.join(_OPTIONS[kind])}")
     asked = SimpleNamespace(**{**_OPTIONS[kind], **options}, data=_place(data), val=_place(val))
     asked.protocol = asked.protocol or ("dino" if kind == "knn" else "fast")
-    with open_session(os.fspath(weights), which=which, device=device) as session:
+    with open_session(os.fspath(weights), which=which, arch=arch, device=device) as session:
         frozen = Frozen(session, asked, silent, _warn)
         if kind == "linear":
             return frozen.linear()[1]
         asked.ks = (asked.k,) if asked.k else ()
         return frozen.knn()[1][0]
+
+
+def embed(weights: SomePath, data: SomePath, out: SomePath, **options: Any) -> dict[str, Any]:
+    """``fastssl embed``, whose ``--help`` has the options. Returns OUT.json but for its columns and ``made_from``."""
+    asked = {name: options.pop(name) for name in ("which", "arch", "device") if name in options}
+    with open_session(os.fspath(weights), **asked) as session:
+        return write_features(session, _place(data), os.fspath(out), **options)
 
 
 def export(
@@ -147,6 +155,7 @@ def export(
     format: str = "timm",
     *,
     which: str | None = None,
+    arch: str | None = None,
     data: SomePath | None = None,
     max_drop: float = 1.0,
     **options: Any,
@@ -157,7 +166,7 @@ def export(
     if format not in ENDINGS:
         raise UsageError(f"format={format!r}: there are {', '.join(ENDINGS)}")
     int8 = None if data is None else Int8(_place(data), max_drop)
-    return export_backbone(load_trained(os.fspath(weights), which), Path(dst), format, int8=int8, **options)
+    return export_backbone(load_weights(os.fspath(weights), arch, which), Path(dst), format, int8=int8, **options)
 
 
 def _warn(text: str) -> None:

@@ -17,7 +17,7 @@ _PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR
 
 
 @click.command()
-@options(common.checkpoint_argument, common.which_option)
+@options(common.checkpoint_argument, common.which_option, common.arch_option)
 @option("--data", "Photos, with or without labels.", required=True, **_PHOTOS)
 @option("--photos", "What --data, where it is .beton files, was converted from: for the paths.", **_PHOTOS)
 @option("--out", "Features, .npy, .parquet or .csv; FILE.json says what they are.", required=True, type=SomePath())
@@ -31,7 +31,7 @@ def embed(checkpoint: Path, json_path: str | None, **how: Any) -> None:
     \b
     fastssl embed runs/mine --data photos/ --out features.npy
     """
-    from fastssl.evaluate.embed import embed as work
+    from fastssl.api import embed as work
 
     if record := work(checkpoint, bar=progress_bar, **how):
         made = f"{counted(record['photos'], 'photo')}, {record['width']} x {record['dtype']}"
@@ -41,14 +41,16 @@ def embed(checkpoint: Path, json_path: str | None, **how: Any) -> None:
 
 @click.command()
 @click.argument("query", required=False, type=SomePath(), metavar="[QUERY.jpg]")
-@option("--in", "What `fastssl embed` wrote.", variable="place", required=True, type=SomePath(), metavar="FILE.npy")
+@option("--in", "What `fastssl embed` wrote.", variable="place", required=True, type=SomePath(), metavar="FEATURES")
 @option("--top", "How many of the nearest photos, or of pairs, are listed.", default=10, type=click.IntRange(1, 10_000))
 @option("--duplicates", "All photos that are nearly alike, in place of a QUERY.", is_flag=True)
 @option("--above", "Cosine from which on they are.", type=click.FloatRange(0, 1, min_open=True), default=0.95)
 @option("--out", "Draw what was found: a .png; of duplicates an .html page.", type=SomePath(), metavar="FILE")
-@option("--weights", "Where the network that made FILE.npy is now. Default: where it was.", type=SomePath())
+@option("--weights", "Where the network that made FEATURES is now. Default: where it was.", type=SomePath())
+@option("--faiss", "Look with faiss, which holds all features in memory; the result is the same.", is_flag=True)
 @options(common.device_option, quiet_option, json_option)
-def search(query: Path | None, place: Path, out: Path | None, **how: Any) -> None:
+@click.pass_context
+def search(ctx: click.Context, query: Path | None, place: Path, out: Path | None, **how: Any) -> None:
     """The photos nearest to QUERY, a picture; or with --duplicates all that are nearly alike, in groups.
 
     \b
@@ -57,15 +59,20 @@ def search(query: Path | None, place: Path, out: Path | None, **how: Any) -> Non
     """
     if how["duplicates"] == (query is not None):
         raise click.UsageError("give a picture to look for, or --duplicates")
+    other = "above" if query else "weights"
+    if ctx.get_parameter_source(other) is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--{other} goes with {'--duplicates' if query else 'a picture to look for'} alone")
     if out and out.suffix != (ending := ".png" if query else ".html"):
         raise click.BadParameter(f"{out}: name a {ending}", param_hint="--out")
     from fastssl.data.contents import open_photos
-    from fastssl.evaluate.search import find_duplicates, nearest, open_features, open_query
+    from fastssl.evaluate.search import faiss_candidates, find_duplicates, nearest, open_features, open_query
     from fastssl.report.drawing import duplicates_page, sheet
+    from fastssl.weights.source import open_session
 
     features, about = open_features(place)
     paths, labels, made_from = about["columns"]["path"], about["columns"]["label"], about["made_from"]
     record: dict[str, Any] = {"features": place.name, "photos": len(features)}
+    by = faiss_candidates(features) if how["faiss"] else None
 
     def words(row: int) -> str:
         return (paths[row] or f"photo {row}") + (f" ({labels[row]})" if labels[row] else "")
@@ -76,14 +83,17 @@ def search(query: Path | None, place: Path, out: Path | None, **how: Any) -> Non
             raise FastSSLError(f"{photos.path}: has other photos than when they were embedded; embed them again")
         if query:
             photo = opened.enter_context(open_query(query))
-            found = nearest(features, about, photo, how["top"], how["weights"] or made_from["weights"], how["device"])
+            weights = how["weights"] or made_from["weights"]
+            asked = {"which": about["network"].removeprefix("imported") or None, "arch": about["arch"]}
+            with open_session(weights, **asked, device=how["device"]) as session:
+                found = nearest(session, features, about, photo, how["top"], by)
             lines = [f"{like:.4f} {words(row)}" for like, row in found]
             record |= {"query": query.name, "nearest": [(like, row, words(row)) for like, row in found]}
             if photos:
                 cells = [(photos, row, f"{like:.4f} {words(row).rsplit('/', 1)[-1]}") for like, row in found]
                 sheet([(query.name, [(photo, 0, "")]), ("nearest photos", cells)], out)
         else:
-            count, pairs, groups = find_duplicates(features, how["above"], how["top"], how["device"], progress_bar)
+            count, pairs, groups = find_duplicates(features, how["above"], how["top"], how["device"], progress_bar, by)
             among = f"{counted(len(groups), 'group')} among {counted(len(features), 'photo')}"
             title = f"{counted(count, 'pair')} with a cosine of {how['above']:g} or more, in {among}"
             lines = [*(f"{like:.4f} {words(one)} {words(other)}" for like, one, other in pairs), title]

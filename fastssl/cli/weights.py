@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastssl.cli.common import SomePath, console, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.evaluate import common
 from fastssl.cli.evaluate.common import NOT_NEGATIVE, PHOTOS, choice, option, which_option
 from fastssl.distributed.world import world_from_environment
 from fastssl.errors import counted, printable
@@ -29,7 +30,7 @@ _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
 
 
 @click.command()
-@click.argument("checkpoint", type=SomePath())
+@common.checkpoint_argument
 @click.argument("dst", type=SomePath())
 @click.option(
     "--format",
@@ -40,6 +41,7 @@ _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
     help="Who will read it: see above what DST is then.",
 )
 @which_option
+@common.arch_option
 @option(
     "--size",
     "Side of the pictures that onnx, executorch, coreml and timm's folder take. Default: the run's, or 224.",
@@ -58,10 +60,8 @@ _SEEN: dict[str, Any] = {"type": float, "nargs": 3, "metavar": "R G B"}
 @option("--max-drop", "Points of kNN that int8 may cost; more are refused.  [default: 1]", **NOT_NEGATIVE)
 @quiet_option
 @json_option
-def export(
-    checkpoint: Path, dst: Path, format_: str, which: str | None, size: int | None, json_path: str | None, **how: Any
-) -> None:
-    """Write the backbone of CHECKPOINT, a run's folder or one of its files, to DST.
+def export(checkpoint: Path, dst: Path, format_: str, size: int | None, json_path: str | None, **how: Any) -> None:
+    """Write the backbone of a run, a file, a network of timm's with its tag or one of the hub to DST.
 
     \b
     timm         DST.safetensors, DST.pth: timm.create_model(NAME, num_classes=0, checkpoint_path=DST)
@@ -100,11 +100,11 @@ def export(
     if not world_from_environment().is_main:
         return
 
-    from fastssl.evaluate.trained import load_trained
     from fastssl.weights.export import export_backbone
     from fastssl.weights.int8 import Int8
+    from fastssl.weights.source import load_weights
 
-    trained = load_trained(checkpoint, which)
+    trained = load_weights(checkpoint, how["arch"], how["which"])
     if None not in (size, trained.size) and size != trained.size:
         click.echo(f"--size {size}: the run itself was probed with {trained.size} (probe.size)", err=True)
     int8 = Int8(data, 1.0 if max_drop is None else max_drop, progress_bar) if how["int8"] else None

@@ -17,7 +17,7 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate import features
 from fastssl.evaluate.features import Bar, ProbeError, extract_features, require_size, shard, silent
 from fastssl.evaluate.photos import open_photos, stored_names
-from fastssl.evaluate.session import open_session
+from fastssl.evaluate.session import Session
 from fastssl.pipelines.convert.conversion import require_target
 from fastssl.pipelines.convert.sources import is_source
 from fastssl.utils.addresses import shown
@@ -29,13 +29,13 @@ _HELD = 32
 
 
 def embed(
-    weights: str | Path, data: str | Path, out: str | Path, *, half: bool = False, bar: Bar = silent, **how: Any
+    session: Session, data: str | Path, out: str | Path, *, half: bool = False, bar: Bar = silent, **how: Any
 ) -> dict[str, Any]:
     """Write the features of all photos, a row each in their order, as `extract_features` gives them. Several processes
     share the work, on one file system, and hold those of some batches each. ``out`` is whole or absent.
 
     Args:
-        weights: as of `open_session`, with ``which`` and ``device``. data: as of `open_photos`, labelled or not.
+        session: whose network it is. data: as of `open_photos`, labelled or not.
         out: ``.npy``, (N, F); or ``.csv`` or ``.parquet`` of the columns id, path, label and these numbers. OUT.json
             has the columns, and says how all was made. half: float16 and not float32.
         how: ``photos``: what a ``.beton`` file, which holds no paths, was converted from. ``size``, ``crop``, or None:
@@ -45,9 +45,9 @@ def embed(
     first. Raises FastSSLError for what cannot be read, and features that are NaN, infinite or beyond float16.
     """
     out, photos, batch = Path(out), how.pop("photos", None), how.setdefault("batch_size", 256)
-    draft, device = out.with_name(f"{out.name}.features{UNFINISHED}"), how.pop("device", "auto")
+    draft = out.with_name(f"{out.name}.features{UNFINISHED}")
     writers = {".npy": lambda path, *_: os.replace(draft, path), ".csv": _write_csv, ".parquet": _write_parquet}
-    with open_session(weights, which=how.pop("which", None), device=device) as session, ExitStack() as opened:
+    with ExitStack() as opened:
         with first_of_host_speaks():
             if (write := writers.get(out.suffix)) is None:
                 raise FastSSLError(f"{out}: features are written as .npy, .csv or .parquet")
@@ -84,7 +84,7 @@ def embed(
             classes, index = dict(enumerate(reader.classes or ())), np.arange(len(reader))
             labels = [None if k < 0 else classes.get(k, str(k)) for k in reader.labels_of(index).tolist()]
             paths = [name and name.encode("utf-8", "backslashreplace").decode() for name in names]
-            given = {"weights": weights, "data": data}
+            given = {"weights": session.source, "data": data}
             places = {name: os.path.abspath(one) if os.path.exists(one) else shown(one) for name, one in given.items()}
             columns = {"id": index.tolist(), "path": paths, "label": labels}
             beside, text = Path(f"{out}.json"), to_json({**record, "made_from": places, "columns": columns})

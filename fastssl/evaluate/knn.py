@@ -7,7 +7,7 @@ protocol has the training photos as the bank and judges the validation photos.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ _QUERY_TILE, _QUERY_ELEMENTS = 1024, 1 << 26
 _SPARE = 8
 #: Elements of the float64 blocks in which cosines are taken again, and votes counted.
 _EXACT_ELEMENTS = 1 << 21
+#: What finds rows of a bank by float32 products, see ``_candidates``.
+Finder = Callable[[Tensor, Tensor, int, int | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def knn_accuracies(
     most = min(max(ks), len(labels) - leave_one_out)
     first = int(gather_rows(torch.tensor([len(train)]))[: rank()].sum()) if shared else 0
     own = first if leave_one_out else None
-    similarity, index = _search(train.features, val.features, most, torch.device(device), own)
+    similarity, index = _search(train.features, val.features, most, torch.device(device), own, _candidates)
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
@@ -108,7 +110,7 @@ def knn_accuracies(
     return results
 
 
-def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, by: Finder | None = None) -> tuple[Tensor, Tensor]:
     """The k most similar bank rows of each query by cosine, the nearest first; of equally similar ones the lower row
     (among those that a float32 search brings to within a few places of the k-th).
 
@@ -117,11 +119,12 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int) -> tuple[Tensor, T
 
     Args:
         bank: (N, F), query: (Q, F), any scale. The work is done on the query's device. k: neighbours, at most N.
+        by: finds those whose cosines are taken; None: in tiles, here.
 
     Returns:
         (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    similarity, index = _search(bank, query, k, query.device, None)
+    similarity, index = _search(bank, query, k, query.device, None, by or _candidates)
     return similarity.float(), index
 
 
@@ -151,7 +154,9 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
     return torch.cat(ranked)
 
 
-def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None) -> tuple[Tensor, Tensor]:
+def _search(
+    bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None, by: Finder
+) -> tuple[Tensor, Tensor]:
     """(similarity (Q, K) float64, index (Q, K) int64) on ``device``, K = min(k, len(bank)), the nearest first. ``own``:
     query row ``own + b`` is bank row b and is left out there: its similarity is -inf.
     """
@@ -160,7 +165,7 @@ def _search(bank: Tensor, query: Tensor, k: int, device: torch.device, own: int 
     for first in range(0, len(query), block := max(_QUERY_TILE, _QUERY_ELEMENTS // max(query.shape[1], 1))):
         rows = query[first : first + block].to(device)
         itself = None if own is None else first - own  # bank row of the block's first query
-        candidates = _candidates(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
+        candidates = by(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
         similarity = _cosines(bank, rows, candidates)
         if itself is not None:
             own_rows = torch.arange(itself, itself + len(rows), device=device)[:, None]

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from networkx.utils import UnionFind
 from torch import Tensor
+from torch.nn import functional
 
 from fastssl.distributed.devices import choose_device
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import Bar, extract_features, silent
-from fastssl.evaluate.knn import nearest_neighbors
-from fastssl.evaluate.session import open_session
+from fastssl.evaluate.knn import Finder, nearest_neighbors
+from fastssl.evaluate.session import Session
 from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert.encode import encode_photo
@@ -30,19 +31,47 @@ _BLOCK, _NEAREST, _ROUNDING = 8192, (64, 1024), 1e-6
 
 
 def open_features(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """What `embed` wrote as .npy, (N, F), of which pages are read from disk as they are needed, and what OUT.json says.
-    Raises FastSSLError where one of them is damaged, or they do not belong together.
+    """What `embed` wrote, (N, F), and what OUT.json says. Of a .npy pages are read from disk as they are needed. Raises
+    FastSSLError where one of them is damaged, or they do not belong together.
     """
     try:
-        features = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))  # torch wants it writable
         about = json.loads(read_plain(f"{path}.json", 1 << 30))
+        features = torch.from_numpy(_read(Path(path), about["width"]))
         (count, width), columns = features.shape, about["columns"]
         there = about["width"], columns["id"], len(columns["path"]), len(columns["label"])
         if not count or there != (width, list(range(count)), count, count):
             raise ValueError("they do not belong together")
+    except ModuleNotFoundError as error:
+        raise FastSSLError(f"{path}: parquet needs pyarrow: pip install 'fastssl-vision[parquet]'") from error
     except (OSError, ValueError, TypeError, LookupError, EOFError, RecursionError, FastSSLError) as error:
-        raise FastSSLError(f"{path} and .json: not as `fastssl embed` writes a .npy ({error}); embed again") from None
+        raise FastSSLError(f"{path} and .json: not as `fastssl embed` writes them ({error}); embed again") from None
     return features, about
+
+
+def _read(path: Path, width: int) -> np.ndarray:
+    if path.suffix == ".csv":
+        numbers: dict[str, Any] = {"delimiter": ",", "quotechar": '"', "comments": None, "skiprows": 1, "ndmin": 2}
+        return np.loadtxt(path, np.float32, usecols=range(3, 3 + width), encoding="utf-8", **numbers)
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        column = parquet.read_table(path, columns=["features"])["features"].combine_chunks()
+        return np.array(column.flatten()).reshape(-1, width)
+    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch wants it writable
+
+
+def faiss_candidates(features: Tensor) -> Finder:
+    """For `nearest` and `find_duplicates`: an exact index of faiss, which holds ``features`` (N, F) in float32. Raises
+    FastSSLError where faiss is not installed, or features are NaN or infinite.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise FastSSLError("--faiss needs faiss: pip install 'fastssl-vision[faiss]'") from error
+    index = faiss.IndexFlatIP(features.shape[1])
+    for rows in features.split(_BLOCK):
+        index.add(functional.normalize(_finite(rows.float()), dim=1).numpy())
+    return lambda bank, unit, count, own: torch.from_numpy(index.search(unit.cpu().numpy(), count)[1]).to(unit.device)
 
 
 @contextmanager
@@ -60,22 +89,21 @@ def open_query(photo: str | Path) -> Iterator[BetonReader]:
 
 
 def nearest(
-    features: Tensor, about: dict[str, Any], query: BetonReader, top: int, weights: str | Path, device: str = "auto"
+    session: Session, features: Tensor, about: dict[str, Any], query: BetonReader, top: int, by: Finder | None = None
 ) -> list[tuple[float, int]]:
     """(cosine, row) of the ``top`` rows most similar to the photo in ``query``, by the network that made the features.
-    Raises FastSSLError where the ``weights`` are others, or features NaN or infinite.
+    Raises FastSSLError where ``session`` has another one, or features are NaN or infinite.
     """
-    with open_session(weights, which=about["network"].removeprefix("imported") or None, device=device) as session:
-        if session.weights != about["weights"]:
-            raise FastSSLError(f"{weights}: did not make the features; name with --weights what did, or embed again")
-        look = {"size": about["size"], "crop": about["crop"], "normalisation": session.trained.normalisation}
-        asked = extract_features(session.trained.backbone, query, device=session.device, **look).features
-        like, rows = nearest_neighbors(features, asked.to(session.device), k=min(top, len(features)))
+    if session.weights != about["weights"]:
+        raise FastSSLError(f"{session.source}: did not make the features; name with --weights what did, or embed again")
+    look = {"size": about["size"], "crop": about["crop"], "normalisation": session.trained.normalisation}
+    asked = extract_features(session.trained.backbone, query, device=session.device, **look).features
+    like, rows = nearest_neighbors(features, asked.to(session.device), k=min(top, len(features)), by=by)
     return list(zip(_finite(like)[0].tolist(), rows[0].tolist()))
 
 
 def find_duplicates(
-    features: Tensor, above: float, top: int, device: str = "auto", bar: Bar = silent
+    features: Tensor, above: float, top: int, device: str = "auto", bar: Bar = silent, by: Finder | None = None
 ) -> tuple[int, list[tuple[float, int, int]], list[list[int]]]:
     """Pairs of rows of ``features`` (N, F) whose cosine is ``above`` or more: how many; (cosine, row, later row) of the
     ``top`` most similar; and the groups that they make, the largest first. Compared in tiles: memory is for these and
@@ -85,7 +113,7 @@ def find_duplicates(
     with bar("comparing", len(features), "photos") as advance:
         for rows in torch.arange(len(features)).split(_BLOCK):
             for most in _NEAREST:
-                like, others = nearest_neighbors(features, features[rows].to(on), k=min(most, len(features)))
+                like, others = nearest_neighbors(features, features[rows].to(on), k=min(most, len(features)), by=by)
                 if _finite(like)[:, -1].max() < above - _ROUNDING:
                     break
             one, place = ((like >= above - _ROUNDING) & (others != rows.to(on)[:, None])).nonzero(as_tuple=True)

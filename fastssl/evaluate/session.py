@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastssl.distributed.devices import choose_device
-from fastssl.distributed.group import joined
-from fastssl.distributed.world import World, first_of_host_speaks, world_from_environment
-from fastssl.evaluate.trained import Trained, load_trained
+from fastssl.distributed.world import World
+from fastssl.evaluate.trained import Trained
 from fastssl.models.backbones import create_backbone
 from fastssl.utils.digest import add_tensor
 from fastssl.utils.versions import describe_git, describe_host, describe_versions
@@ -27,12 +22,13 @@ class Session:
     """One evaluation.
 
     Attributes:
-        trained: the checkpoint's network, on ``device``.
+        source: what was asked for. trained: the network of it, on ``device``.
         world: this process among those that evaluate together; the group is there.
         weights: fingerprint of the network as it was loaded.
         started: ``time.monotonic()`` at the start.
     """
 
+    source: str
     trained: Trained
     device: torch.device
     world: World
@@ -82,21 +78,3 @@ def weights_fingerprint(network: nn.Module) -> str:
         total.update(f"{name} ".encode())
         add_tensor(total, value)
     return total.hexdigest()[:16]
-
-
-@contextmanager
-def open_session(checkpoint: str | Path, *, which: str | None = None, device: str = "auto") -> Iterator[Session]:
-    """The checkpoint's network on its device, and the processes (of torchrun or srun) as one group, inside the block.
-
-    Raises:
-        FastSSLError: see ``load_trained``, ``choose_device`` and ``joined``.
-    """
-    world = world_from_environment()
-    started = time.monotonic()
-    with first_of_host_speaks():
-        chosen = choose_device(device, world)
-        trained = load_trained(checkpoint, which)
-    weights = weights_fingerprint(trained.backbone)
-    with joined(world, chosen):
-        trained.backbone.to(chosen)
-        yield Session(trained, chosen, world, weights, started)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,6 @@ class Trained:
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
         return {"checkpoint": self.name, "arch": self.arch, "network": self.network, "step": self.step}
-
-
-def load_backbone(weights: str | PathLike[str], which: str | None = None) -> nn.Module:
-    """The network of ``load_trained``: a timm module in evaluation mode, on the CPU."""
-    return load_trained(fspath(weights), which).backbone
 
 
 def load_trained(path: str | Path, which: str | None = None) -> Trained:

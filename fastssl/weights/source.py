@@ -5,14 +5,21 @@ that a run begins with.
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import timm
+from torch import nn
 
+from fastssl.distributed.devices import choose_device
+from fastssl.distributed.group import joined
+from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, without_folders
+from fastssl.evaluate.session import Session, weights_fingerprint
 from fastssl.evaluate.trained import Trained, checkpoints_of, load_trained
 from fastssl.models.backbones import create_backbone, plain_arch, read_header, resolve_arch
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
@@ -51,6 +58,28 @@ def load_weights(source: str | Path, arch: str | None = None, which: str | None 
     if wanted is not None and plain_arch(found.arch) != wanted:
         raise FastSSLError(f"{text}: holds {found.arch}, not {wanted}; leave --arch out, or give {found.arch}")
     return found
+
+
+def load_backbone(weights: str | os.PathLike[str], which: str | None = None, *, arch: str | None = None) -> nn.Module:
+    """The network of ``load_weights``: a timm module in evaluation mode, on the CPU."""
+    return load_weights(os.fspath(weights), arch, which).backbone
+
+
+@contextmanager
+def open_session(
+    source: str | Path, *, which: str | None = None, arch: str | None = None, device: str = "auto"
+) -> Iterator[Session]:
+    """The network of ``load_weights`` on its device, and the processes (of torchrun or srun) as one group, inside the
+    block. Raises FastSSLError, see ``load_weights``, ``choose_device`` and ``joined``.
+    """
+    world, started = world_from_environment(), time.monotonic()
+    with first_of_host_speaks():
+        chosen = choose_device(device, world)
+        trained = load_weights(source, arch, which)
+    weights = weights_fingerprint(trained.backbone)
+    with joined(world, chosen):
+        trained.backbone.to(chosen)
+        yield Session(str(source), trained, chosen, world, weights, started)
 
 
 def initial_weights(source: str, arch: str | None = None, run: Path | None = None) -> Trained:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from processes import run_processes
 
+from fastssl.api import embed
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import embed as module
-from fastssl.evaluate.embed import embed
 from fastssl.evaluate.features import Features, extract_features
 from fastssl.evaluate.session import weights_fingerprint
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone

@@ -15,10 +15,10 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from test_embed import Anonymous
 
+from fastssl.api import embed
 from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import search as module
-from fastssl.evaluate.embed import embed
 from fastssl.evaluate.knn import nearest_neighbors
 from fastssl.evaluate.search import find_duplicates, nearest, open_features, open_query
 from fastssl.models.backbones import create_backbone, save_backbone
@@ -92,8 +92,10 @@ def test_thousands_of_one_photo_are_one_group(monkeypatch):
 def test_nearest_is_scikit_learns(made):
     features, about = open_features(made / "f.npy")
     with open_query(made / "photos" / "dogs" / "03.jpg") as query:
-        found = nearest(features, about, query, 5, made / "last.safetensors", "cpu")
-        assert len(nearest(features, about, query, 10_000, made / "last.safetensors", "cpu")) == 13
+        with open_session(made / "last.safetensors", device="cpu") as session:
+            found = nearest(session, features, about, query, 5)
+            assert len(nearest(session, features, about, query, 10_000)) == 13
+            assert nearest(session, features, about, query, 5, looked_for_by(features)) == found
     own = about["columns"]["path"].index("dogs/03.jpg")
     rows = features.double().numpy()  # of a network without training they are tiny
     distance, rows = NearestNeighbors(n_neighbors=5, metric="cosine").fit(rows).kneighbors(rows[own : own + 1])

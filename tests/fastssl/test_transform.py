@@ -13,7 +13,7 @@ from conftest import jpeg_bytes, make_photo
 from PIL import Image
 
 import fastssl
-from fastssl.evaluate.transform import Transform
+from fastssl.weights.transform import Transform
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.loader import ViewLoader

@@ -32,7 +32,8 @@ def choice(*values: str) -> dict[str, Any]:
     return {"type": click.Choice(values)}
 
 
-checkpoint_argument = click.argument("checkpoint", type=SomePath())
+checkpoint_argument = click.argument("checkpoint", type=SomePath(), metavar="RUN|FILE|TIMM.TAG|hf-hub:NAME")
+arch_option = option("--arch", "The network in a FILE of another program that does not say it.", metavar="NAME")
 which_option = option(
     "--which",
     "Which of a run's networks. Default: what the file holds; of a run's folder the student.",
@@ -74,8 +75,8 @@ def options(*wanted: Callable) -> Callable[[Callable], Callable]:
 
 
 #: What a command with frozen features of one centre crop begins with, and ends with.
-FEATURES_OF = checkpoint_argument, which_option, data_option, val_option, size_option, crop_option, device_option
-FEATURES_BY = workers_option, seed_option, reestimate_option, quiet_option, json_option
+FEATURES_OF = checkpoint_argument, which_option, arch_option, data_option, val_option, size_option, crop_option
+FEATURES_BY = device_option, workers_option, seed_option, reestimate_option, quiet_option, json_option
 
 
 def tell(line: str) -> None:

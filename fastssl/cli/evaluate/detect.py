@@ -10,6 +10,7 @@ import click
 
 from fastssl.cli.common import SomePath, finite, json_option, quiet_option
 from fastssl.cli.evaluate.common import (
+    arch_option,
     bar,
     checkpoint_argument,
     device_option,
@@ -64,6 +65,7 @@ _OUT = "Folder for detector and predictions. A run that was stopped goes on from
 @options(
     checkpoint_argument,
     which_option,
+    arch_option,
     option("--data", "Annotations to learn from: .json or a VOC list.", required=True, multiple=True, **_FILE),
     option("--images", "Pictures that the .json of --data speaks of.", **_FOLDER),
     option("--val", "Annotations to judge on.", required=True, **_FILE),
@@ -89,7 +91,7 @@ _OUT = "Folder for detector and predictions. A run that was stopped goes on from
     quiet_option,
     json_option,
 )
-def detect(checkpoint: Path, which: str | None, device: str, json_path: str | None, **how: Any) -> None:
+def detect(checkpoint: Path, json_path: str | None, **how: Any) -> None:
     """Object detection: the backbone is fine-tuned under Faster R-CNN with FPN (vision transformers: a simple pyramid),
     all layers, and judged by COCO's AP.
 
@@ -110,11 +112,11 @@ def detect(checkpoint: Path, which: str | None, device: str, json_path: str | No
     from fastssl.evaluate.detection.model import DetectorConfig
     from fastssl.evaluate.detection.protocol import detection_figures, published, require_pycocotools
     from fastssl.evaluate.detection.train import TrainingConfig, iterations_of
-    from fastssl.evaluate.session import open_session
     from fastssl.pipelines.plan.draw import IMAGENET
+    from fastssl.weights.source import open_session
 
     require_pycocotools()
-    with open_session(checkpoint, which=which, device=device) as session:
+    with open_session(checkpoint, which=how["which"], arch=how["arch"], device=how["device"]) as session:
         with first_of_host_speaks():
             train = _read(how["data"], how["images"], how["masks"], "--images")
             names, images = list(train.categories.values()), how["val_images"] or how["images"]

@@ -46,10 +46,10 @@ def knn(**values: Any) -> None:
     fastssl evaluate knn runs/mine --data train.beton --val val.beton --k 20 --k 200 --json knn.json
     """
     from fastssl.evaluate.frozen import Frozen
-    from fastssl.evaluate.session import open_session
+    from fastssl.weights.source import open_session
 
     asked = SimpleNamespace(**values)
-    with open_session(asked.checkpoint, which=asked.which, device=asked.device) as session:
+    with open_session(asked.checkpoint, which=asked.which, arch=asked.arch, device=asked.device) as session:
         line, records = Frozen(session, asked, common.bar(session), common.tell).knn()
         common.finish(session, line, records, asked.json_path)
 
@@ -115,8 +115,8 @@ def linear(**values: Any) -> None:
     asked = SimpleNamespace(**values)
 
     from fastssl.evaluate.frozen import Frozen
-    from fastssl.evaluate.session import open_session
+    from fastssl.weights.source import open_session
 
-    with open_session(asked.checkpoint, which=asked.which, device=asked.device) as session:
+    with open_session(asked.checkpoint, which=asked.which, arch=asked.arch, device=asked.device) as session:
         line, record = Frozen(session, asked, common.bar(session), common.tell).linear()
         common.finish(session, line, record, asked.json_path)

@@ -58,6 +58,7 @@ def _check_out(ctx: click.Context, param: click.Parameter, value: Path | None) -
 _BEFORE = options(
     common.checkpoint_argument,
     common.which_option,
+    common.arch_option,
     common.data_option,
     common.val_option,
     option(
@@ -193,7 +194,7 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
     from fastssl.evaluate.frozen import pictures
     from fastssl.evaluate.photos import draw_labels, listed_labels, open_split, require_labels
     from fastssl.evaluate.protocols import Pictures, differing
-    from fastssl.evaluate.session import open_session
+    from fastssl.weights.source import open_session
 
     dino, seed, out = asked.head == "dino", asked.seed, asked.out
     if out is not None and dino:
@@ -203,7 +204,7 @@ def _fine_tune(evaluation: str, optim: OptimConfig, asked: SimpleNamespace) -> N
     # Backbone and head are of one moment.
     checkpoint = run_file(asked.checkpoint) if dino else asked.checkpoint
     with (
-        open_session(checkpoint, which=asked.which, device=asked.device) as session,
+        open_session(checkpoint, which=asked.which, arch=asked.arch, device=asked.device) as session,
         open_split(asked.data, asked.val, seed=seed, workers=asked.workers) as split,
     ):
         available, share = split.train_index, asked.labels

@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastssl.errors import FastSSLError
-from fastssl.evaluate.trained import load_trained
 from fastssl.pipelines.convert.encode import encode_photo, opaque
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plans
+from fastssl.weights.source import load_weights
 
 Photo = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -38,9 +38,11 @@ class Transform:
         return augment(torch.from_numpy(view[0]).permute(0, 3, 1, 2), plan.reshape(-1), self.spec)[0]
 
 
-def transform(weights: str | os.PathLike[str], *, size: int | None = None, crop: float | None = None) -> Transform:
-    """The ``Transform`` for the network of a run, by its own ``size`` (pixels) and ``crop`` (of the short side)."""
-    run = load_trained(os.fspath(weights))
+def transform(
+    weights: str | os.PathLike[str], *, size: int | None = None, crop: float | None = None, arch: str | None = None
+) -> Transform:
+    """For the network of ``load_weights``, by its run's ``size`` (pixels) and ``crop`` (of the short side)."""
+    run = load_weights(os.fspath(weights), arch)
     # Where nobody says: the usual ones. The evaluation's own names would load what Windows does not have.
     return Transform(ViewSpec.evaluation(size or run.size or 224, crop or run.crop or 0.875, run.normalisation))
 
