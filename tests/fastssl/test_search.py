@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate import search as module
 from fastssl.evaluate.knn import nearest_neighbors
-from fastssl.evaluate.search import find_duplicates, nearest, open_features, open_query
+from fastssl.evaluate.search import faiss_candidates, find_duplicates, nearest, open_features, open_query
 from fastssl.models.backbones import create_backbone, save_backbone
+from fastssl.weights.source import open_session
 
 HOW = {"size": 32, "device": "cpu", "workers": 1}
 
@@ -91,16 +93,65 @@ def test_thousands_of_one_photo_are_one_group(monkeypatch):
 
 def test_nearest_is_scikit_learns(made):
     features, about = open_features(made / "f.npy")
-    with open_query(made / "photos" / "dogs" / "03.jpg") as query:
-        with open_session(made / "last.safetensors", device="cpu") as session:
-            found = nearest(session, features, about, query, 5)
-            assert len(nearest(session, features, about, query, 10_000)) == 13
-            assert nearest(session, features, about, query, 5, looked_for_by(features)) == found
+    with (
+        open_query(made / "photos" / "dogs" / "03.jpg") as query,
+        open_session(made / "last.safetensors", device="cpu") as session,
+    ):
+        found = nearest(session, features, about, query, 5)
+        assert len(nearest(session, features, about, query, 10_000)) == 13
     own = about["columns"]["path"].index("dogs/03.jpg")
     rows = features.double().numpy()  # of a network without training they are tiny
     distance, rows = NearestNeighbors(n_neighbors=5, metric="cosine").fit(rows).kneighbors(rows[own : own + 1])
     assert [row for _, row in found] == rows[0].tolist() and found[0][1] == own
     np.testing.assert_allclose([like for like, _ in found], 1 - distance[0], atol=1e-5)
+
+
+def test_faiss_finds_the_same(made, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    rows = torch.from_numpy(clustered(333, 24))
+    by = faiss_candidates(rows)
+    for k in (1, 7, 333):
+        # without the row of zeros, to which any rows are equally near
+        expected, found = (nearest_neighbors(rows, rows[6:50], k=k, by=one) for one in (None, by))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    monkeypatch.setattr(module, "_BLOCK", 100)
+    assert find_duplicates(rows, 0.9, 50, "cpu", by=by) == find_duplicates(rows, 0.9, 50, "cpu")
+    asked = []
+    monkeypatch.setattr(module, "faiss_candidates", lambda features: asked.append(1) or faiss_candidates(features))
+    for options in ((made / "photos" / "cats" / "02.jpg",), ("--duplicates", "--above", 0.99)):
+        plain, faster = (run(capsys, *options, "--in", made / "f.npy", *more) for more in ((), ("--faiss",)))
+        assert plain == faster and plain[0] == 0
+    assert len(asked) == 2
+    rows[3, 3] = np.inf
+    with pytest.raises(FastSSLError, match="NaN or infinite"):
+        faiss_candidates(rows)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    status, _, err = run(capsys, "--duplicates", "--in", made / "f.npy", "--faiss")
+    assert status == 1 and "--faiss needs faiss: pip install 'fastssl-vision[faiss]'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("half", [False, True])
+def test_tables_are_read_too(made, tmp_path, ending, half, monkeypatch):
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ('a "b", #c.jpg', "d\ne.jpg"):
+        shutil.copy(made / "photos" / "cats" / "00.jpg", folder / name)
+    for photos in (made / "photos", folder):
+        (expected, about), (found, other) = (
+            (embed(made / "last.safetensors", photos, out, half=half, **HOW), open_features(out))[1]
+            for out in (tmp_path / "f.npy", tmp_path / f"f.{ending}")
+        )
+        assert torch.equal(found.float(), expected.float()) and other["columns"] == about["columns"]
+    path = tmp_path / f"f.{ending}"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(FastSSLError, match="not as `fastssl embed` writes"):
+        open_features(path)
+    if ending == "parquet":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(FastSSLError, match="parquet needs pyarrow: pip install"):
+            open_features(path)
 
 
 def test_memory_is_for_a_tile_of_the_photos(tmp_path):
@@ -172,7 +223,7 @@ def test_what_is_no_photo_and_other_weights_are_one_line(made, capsys, tmp_path)
     assert run(capsys, photo, "--in", made / "f.npy", "--weights", tmp_path / "moved.safetensors")[0] == 0
 
 
-def test_a_runs_teacher_is_asked_where_it_made_the_features(made, tmp_path):
+def test_a_runs_teacher_is_asked_where_it_made_the_features(made, capsys, tmp_path):
     """By its own size and crop, too."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("probe: {size: 40, crop: 0.5}\n")
@@ -180,11 +231,10 @@ def test_a_runs_teacher_is_asked_where_it_made_the_features(made, tmp_path):
         path = tmp_path / "checkpoints" / f"{name}.safetensors"
         save_backbone(create_backbone("lcnet_035"), path, arch="lcnet_035", network=network, step=3)
     embed(tmp_path, made / "photos", tmp_path / "f.npy", which="teacher", device="cpu", workers=1)
-    features, about = open_features(tmp_path / "f.npy")
+    about = open_features(tmp_path / "f.npy")[1]
     assert (about["network"], about["size"], about["crop"]) == ("teacher", 40, 0.5)
-    with open_query(made / "photos" / "cats" / "02.jpg") as query:
-        ((like, row),) = nearest(features, about, query, 1, about["made_from"]["weights"], "cpu")
-    assert about["columns"]["path"][row] == "cats/02.jpg" and like == pytest.approx(1)
+    status, out, err = run(capsys, made / "photos" / "cats" / "02.jpg", "--in", tmp_path / "f.npy", "--top", 1)
+    assert (status, out) == (0, "1.0000 cats/02.jpg (cats)\n"), err
 
 
 @pytest.mark.parametrize(
@@ -240,6 +290,12 @@ def test_wrong_usage(made, capsys, tmp_path):
     photo = made / "photos" / "cats" / "00.jpg"
     for options in ((), (photo, "--duplicates"), (photo, "--out", tmp_path / "f.jpg"), (photo, "--top", 0)):
         assert run(capsys, *options, "--in", made / "f.npy")[0] == 2
+    for options, words in (
+        ((photo, "--above", 0.95), "--above goes with --duplicates alone"),
+        (("--duplicates", "--weights", made / "last.safetensors"), "--weights goes with a picture to look for alone"),
+    ):
+        status, _, err = run(capsys, *options, "--in", made / "f.npy")
+        assert status == 2 and words in err
 
 
 def test_one_photo_and_none(tmp_path):

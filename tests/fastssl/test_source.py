@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +15,8 @@ from runs import finished_run
 from safetensors.torch import save_file
 from test_torchvision_names import with_statistics
 
+import fastssl
+from fastssl.cli import main
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import load_trained
 from fastssl.models.backbones import create_backbone, save_backbone
@@ -129,6 +133,48 @@ def test_a_tag_of_timms(hub: Path) -> None:
     }
     save_file(broken, str(folder / "model.safetensors"))
     assert "NaN" in line(TAG)
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments), "--json", "-"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 0, captured.err
+    return dict(json.loads(captured.out))
+
+
+def test_commands_take_them_all(
+    weights: Path, hub: Path, photo_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, plain = cached(hub, "user/name"), tmp_path / "plain.pth"
+    folder.parent.mkdir()
+    trained = load_trained(weights)
+    export_backbone(trained, folder, size=32)
+    torch.save(trained.backbone.state_dict(), plain)
+    (tag := cached(hub, timm.get_pretrained_cfg(TAG).hf_hub_id)).mkdir(parents=True)
+    save_file(with_statistics(timm.create_model("lcnet_050"), 2).state_dict(), str(tag / "model.safetensors"))
+    on: tuple[object, ...] = ("--data", photo_tree, "--device", "cpu", "--workers", 1, "--size", 32)
+    query, features = photo_tree / "red" / "03.jpg", tmp_path / "f.npy"
+    for source, *arch in (("hf-hub:user/name",), (plain, "--arch", ARCH), (TAG,)):
+        name, network = Path(source).name if source is plain else source, "lcnet_050" if source is TAG else ARCH
+        expected = {"checkpoint": name, "arch": network, "network": "imported", "step": None}
+        knn = command(capsys, "evaluate", "knn", source, *arch, *on, "--k", 5)
+        assert expected.items() <= knn.items()
+        tuned = command(capsys, "evaluate", "finetune", source, *arch, *on, "--epochs", 1, "--batch-size", 24)
+        assert expected.items() <= tuned.items()
+        made = command(capsys, "embed", source, *arch, *on, "--out", features)
+        assert expected.items() <= made.items() and made["weights"] == knn["weights"] == tuned["weights"]
+        found = command(capsys, "search", query, "--in", features, "--top", 1, "--device", "cpu")  # by the same name
+        assert [words for *_, words in found["nearest"]] == ["red/03.jpg (red)"]
+        written = command(capsys, "export", source, tmp_path / f"{name[:3]}.safetensors", *arch)
+        assert expected.items() <= written.items()
+        given = {"arch": arch[1]} if arch else {}
+        assert fastssl.evaluate(source, data=photo_tree, size=32, k=5, **given)["weights"] == knn["weights"]
+        assert same(fastssl.load_backbone(source, **given), load_weights(source, **given).backbone)
+        assert fastssl.transform(source, size=32, **given)(query).shape == (3, 32, 32)
+        fastssl.export(source, tmp_path / "again.safetensors", **given)
+        again = fastssl.embed(source, photo_tree, tmp_path / "g.npy", size=32, **given)
+        assert again["weights"] == made["weights"] and np.array_equal(np.load(tmp_path / "g.npy"), np.load(features))
 
 
 def test_no_weights_of_that_name() -> None:

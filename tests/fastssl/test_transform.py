@@ -13,11 +13,11 @@ from conftest import jpeg_bytes, make_photo
 from PIL import Image
 
 import fastssl
-from fastssl.weights.transform import Transform
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.loader import ViewLoader
 from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
+from fastssl.weights.transform import Transform
 
 SPEC = ViewSpec.evaluation(32, 0.8, Normalisation((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)))
 
