@@ -83,9 +83,8 @@ def search(ctx: click.Context, query: Path | None, place: Path, out: Path | None
             raise FastSSLError(f"{photos.path}: has other photos than when they were embedded; embed them again")
         if query:
             photo = opened.enter_context(open_query(query))
-            weights = how["weights"] or made_from["weights"]
             asked = {"which": about["network"].removeprefix("imported") or None, "arch": about["arch"]}
-            with open_session(weights, **asked, device=how["device"]) as session:
+            with open_session(how["weights"] or made_from["weights"], **asked, device=how["device"]) as session:
                 found = nearest(session, features, about, photo, how["top"], by)
             lines = [f"{like:.4f} {words(row)}" for like, row in found]
             record |= {"query": query.name, "nearest": [(like, row, words(row)) for like, row in found]}

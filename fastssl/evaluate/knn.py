@@ -96,7 +96,7 @@ def knn_accuracies(
     most = min(max(ks), len(labels) - leave_one_out)
     first = int(gather_rows(torch.tensor([len(train)]))[: rank()].sum()) if shared else 0
     own = first if leave_one_out else None
-    similarity, index = _search(train.features, val.features, most, torch.device(device), own, _candidates)
+    similarity, index = _search(train.features, val.features, most, torch.device(device), own)
     if shared:
         similarity, index = _merged(similarity, index + first, most, len(labels))
     neighbours, classes = labels.to(index.device)[index], len(labels.unique())
@@ -124,7 +124,7 @@ def nearest_neighbors(bank: Tensor, query: Tensor, *, k: int, by: Finder | None 
     Returns:
         (similarity (Q, k) float32 in [-1, 1] up to rounding, index (Q, k) int64 bank rows), on the query's device.
     """
-    similarity, index = _search(bank, query, k, query.device, None, by or _candidates)
+    similarity, index = _search(bank, query, k, query.device, None, by)
     return similarity.float(), index
 
 
@@ -155,7 +155,7 @@ def ranked_classes(similarity: Tensor, labels: Tensor, temperature: float, *, pl
 
 
 def _search(
-    bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None, by: Finder
+    bank: Tensor, query: Tensor, k: int, device: torch.device, own: int | None, by: Finder | None = None
 ) -> tuple[Tensor, Tensor]:
     """(similarity (Q, K) float64, index (Q, K) int64) on ``device``, K = min(k, len(bank)), the nearest first. ``own``:
     query row ``own + b`` is bank row b and is left out there: its similarity is -inf.
@@ -165,7 +165,8 @@ def _search(
     for first in range(0, len(query), block := max(_QUERY_TILE, _QUERY_ELEMENTS // max(query.shape[1], 1))):
         rows = query[first : first + block].to(device)
         itself = None if own is None else first - own  # bank row of the block's first query
-        candidates = by(bank, functional.normalize(rows.float(), dim=1), min(k + _SPARE, len(bank)), itself)
+        unit = functional.normalize(rows.float(), dim=1)
+        candidates = (by or _candidates)(bank, unit, min(k + _SPARE, len(bank)), itself)
         similarity = _cosines(bank, rows, candidates)
         if itself is not None:
             own_rows = torch.arange(itself, itself + len(rows), device=device)[:, None]

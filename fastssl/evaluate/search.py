@@ -50,20 +50,19 @@ def open_features(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 def _read(path: Path, width: int) -> np.ndarray:
     if path.suffix == ".csv":
-        numbers: dict[str, Any] = {"delimiter": ",", "quotechar": '"', "comments": None, "skiprows": 1, "ndmin": 2}
-        return np.loadtxt(path, np.float32, usecols=range(3, 3 + width), encoding="utf-8", **numbers)
+        how: dict[str, Any] = {"delimiter": ",", "quotechar": '"', "comments": None, "skiprows": 1, "ndmin": 2}
+        return np.loadtxt(path, np.float32, usecols=range(3, 3 + width), encoding="utf-8", **how)
     if path.suffix == ".parquet":
-        from pyarrow import parquet
+        from pyarrow.parquet import read_table
 
-        column = parquet.read_table(path, columns=["features"])["features"].combine_chunks()
-        return np.array(column.flatten()).reshape(-1, width)
+        return np.array(read_table(path, columns=["features"])["features"].combine_chunks().flatten()).reshape(
+            -1, width
+        )
     return np.load(path, mmap_mode="c", allow_pickle=False)  # torch wants it writable
 
 
 def faiss_candidates(features: Tensor) -> Finder:
-    """For `nearest` and `find_duplicates`: an exact index of faiss, which holds ``features`` (N, F) in float32. Raises
-    FastSSLError where faiss is not installed, or features are NaN or infinite.
-    """
+    """An exact index of faiss on ``features`` (N, F). FastSSLError: it is not installed; features NaN or infinite."""
     try:
         import faiss
     except ModuleNotFoundError as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 from torch import nn
@@ -19,7 +20,6 @@ from fastssl.distributed.devices import choose_device
 from fastssl.distributed.group import joined
 from fastssl.distributed.world import first_of_host_speaks, world_from_environment
 from fastssl.errors import FastSSLError, without_folders
-from fastssl.evaluate.session import Session, weights_fingerprint
 from fastssl.evaluate.trained import Trained, checkpoints_of, load_trained
 from fastssl.models.backbones import create_backbone, plain_arch, read_header, resolve_arch
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
@@ -27,6 +27,9 @@ from fastssl.runs.checkpoint import INITIAL
 from fastssl.utils.yaml_file import shown
 from fastssl.weights.importing import Found, foreign_backbone, match
 from fastssl.weights.read import OwnCheckpoint, notes_of, read_foreign
+
+if TYPE_CHECKING:
+    from fastssl.evaluate.session import Session
 
 #: What timm takes before the name of a repository, or of a folder laid out as one (``fastssl export --format timm``).
 HUB, FOLDER = "hf-hub:", "local-dir:"
@@ -72,6 +75,8 @@ def open_session(
     """The network of ``load_weights`` on its device, and the processes (of torchrun or srun) as one group, inside the
     block. Raises FastSSLError, see ``load_weights``, ``choose_device`` and ``joined``.
     """
+    from fastssl.evaluate.session import Session, weights_fingerprint  # loads what Windows does not have
+
     world, started = world_from_environment(), time.monotonic()
     with first_of_host_speaks():
         chosen = choose_device(device, world)

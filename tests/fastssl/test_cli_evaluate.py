@@ -350,7 +350,7 @@ def test_one_class(capsys, checkpoint, tmp_path):
 
 def test_wrong_checkpoints(capsys, beton, tmp_path):
     status, _, err = run(capsys, "knn", tmp_path / "none.safetensors", "--data", beton, *SMALL)
-    assert_one_line(status, err, "no such checkpoint")
+    assert_one_line(status, err, "none.safetensors: no such file")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not a checkpoint")
     status, _, err = run(capsys, "knn", broken, "--data", beton, *SMALL)
