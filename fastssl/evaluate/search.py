@@ -55,9 +55,7 @@ def _read(path: Path, width: int) -> np.ndarray:
     if path.suffix == ".parquet":
         from pyarrow.parquet import read_table
 
-        return np.array(read_table(path, columns=["features"])["features"].combine_chunks().flatten()).reshape(
-            -1, width
-        )
+        return np.array(read_table(path)["features"].combine_chunks().flatten()).reshape(-1, width)
     return np.load(path, mmap_mode="c", allow_pickle=False)  # torch wants it writable
 
 

@@ -79,12 +79,11 @@ def open_session(
 
     world, started = world_from_environment(), time.monotonic()
     with first_of_host_speaks():
-        chosen = choose_device(device, world)
-        trained = load_weights(source, arch, which)
-    weights = weights_fingerprint(trained.backbone)
+        chosen, trained = choose_device(device, world), load_weights(source, arch, which)
+    session = Session(str(source), trained, chosen, world, weights_fingerprint(trained.backbone), started)
     with joined(world, chosen):
         trained.backbone.to(chosen)
-        yield Session(str(source), trained, chosen, world, weights, started)
+        yield session
 
 
 def initial_weights(source: str, arch: str | None = None, run: Path | None = None) -> Trained:
