@@ -284,7 +284,7 @@ def test_one_that_fails_or_hangs_is_told_once_and_holds_up_nobody(tmp_path: Path
     end = "; the run goes on without it, and metrics.jsonl has everything"
     assert sorted(said) == [
         f"failing: failed (SystemExit: no room in store, see https://host/x){end}",
-        f"hanging: hangs{end}",
+        f"hanging: did not come to its end in time{end}",
     ]
     assert deadline.threads_given_up()
 
