@@ -280,7 +280,7 @@ def test_the_line_at_the_end(
     status, out, _ = run(capsys, tmp_path / "last.safetensors", tmp_path / "a.pte", *how)
     assert (
         status == 0
-        and ": float 0.0 MB, " in out
+        and ", float 0.0 MB, " in out
         and " ms -> int8 0.0 MB, " in out
         and " of 9 photos; features in float " in out
     )
