@@ -124,7 +124,7 @@ class _ByKernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, *how: Any) -> Tensor:
-        eps = how[-1]
+        running_mean, running_var, momentum, eps = how
         input = input.contiguous(memory_format=_layout(input))
         mean, invstd = torch.batch_norm_stats(input, eps)
         own = torch.cat([mean, invstd, mean.new_full((1,), input.numel() // input.shape[1])])
@@ -132,7 +132,9 @@ class _ByKernels(torch.autograd.Function):
         counts = counts.flatten()
         # Of its first argument the kernel takes the type, which must be that of the counts where there are no running
         # statistics.
-        mean, invstd = torch.batch_norm_gather_stats_with_counts(means, means, invstds, *how, counts)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(
+            means, means, invstds, running_mean, running_var, momentum, eps, counts
+        )
         ctx.save_for_backward(input, weight, mean, invstd, counts.to(torch.int32))
         return torch.batch_norm_elemt(input, weight, bias, mean, invstd, eps)
 
