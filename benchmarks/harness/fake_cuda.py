@@ -92,11 +92,12 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "get_rng_state", lambda *args: torch.zeros(16, dtype=torch.uint8)
     yield torch.cuda, "set_rng_state", lambda *args: None
     yield nn.init, "trunc_normal_", lambda tensor, *args, **options: tensor  # looks at values; there are none to draw
-    yield networks_module, "create_backbone", _without_content(networks_module.create_backbone)
+    for name in ("create_backbone", "load_teacher"):
+        yield networks_module, name, _without_content(getattr(networks_module, name))
 
 
 def _without_content(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """timm looks at values while it makes a network: it is made of real numbers, which are then forgotten."""
+    """Values are looked at while a network is made or read: it has real numbers, which are then forgotten."""
 
     def made(*args: Any, **options: Any) -> nn.Module:
         with unset_fake_temporarily():
