@@ -154,7 +154,6 @@ def write_onnx(
 
 
 def _quantised(model: onnx.ModelProto, path: Path, calibration: Tensor) -> onnx.ModelProto:
-    """By way of ``path``."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
