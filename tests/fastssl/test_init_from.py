@@ -15,14 +15,18 @@ from test_torchvision_names import with_statistics
 from torch import Tensor, nn
 
 from fastssl.config.recipe import Recipe, load_recipe, parse_overrides
+from fastssl.distributed.world import world_from_environment
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.trained import Trained, load_trained
 from fastssl.models.backbones import create_backbone, read_header, save_backbone
 from fastssl.optim.schedules import RunLength
+from fastssl.pipelines.beton.reader import BetonReader
 from fastssl.pipelines.plan.draw import Normalisation
 from fastssl.pretrain import pretrain
 from fastssl.report.page import write_report
+from fastssl.training.setup import prepare
 from fastssl.training.step import TrainStep
+from fastssl.training.trainer import train
 from fastssl.weights import source as weights_source
 from fastssl.weights.source import initial_weights
 
@@ -241,13 +245,20 @@ def test_the_recipes_own_mean_and_std_stay(weights: Path) -> None:
 
 
 def run_small(data: Path, out: Path, weights: Path) -> dict[str, Tensor]:
-    init = initial_weights(str(weights))
-    pretrain(small("frozen_bn=true", "train.epochs=1"), options(data, out, init=init), Silent())
-    return dict(state(out)["method"])
+    chosen, init = small("frozen_bn=true", "train.epochs=1"), initial_weights(str(weights))
+    with BetonReader(data) as reader:
+        how = options(data, out, init=init), reader, None, Silent(), world_from_environment(), CPU
+        run = prepare(chosen, *how)
+        try:
+            assert same(tensors(run.backbone), tensors(init.backbone))
+            train(run)
+        finally:
+            run.close()
+    return tensors(run.step.method)
 
 
 def test_two_processes_begin_with_the_same_weights(beton: Path, tmp_path: Path, weights: Path) -> None:
-    alone = run_small(beton, tmp_path / "one", weights)
+    (alone,) = run_processes(run_small, 1, beton, tmp_path / "one", weights, timeout=600)
     for found in run_processes(run_small, 2, beton, tmp_path / "two", weights, timeout=600):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
