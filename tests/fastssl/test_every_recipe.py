@@ -54,7 +54,6 @@ def command(name: str, beton: Path, out: Path) -> list[str]:
     first, weights = [], out.with_name("first.safetensors")
     if recipe.frozen_bn:  # a recipe for weights that others trained
         first = ["--init-from", str(weights)]
-        overrides.append("optim.freeze_backbone_epochs=0")
         if not weights.exists():
             save_backbone(create_backbone(recipe.arch), weights, arch=recipe.arch)
     found = [

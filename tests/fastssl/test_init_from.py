@@ -98,29 +98,11 @@ def test_weights_of_another_network_are_refused(weights: Path) -> None:
 # ---------------------------------------------------------------------- what keeps them from being lost
 
 
-def test_the_backbone_stands_still_in_the_first_epochs(weights: Path) -> None:
-    changes = ("optim.freeze_backbone_epochs=1", "optim.lr=0.5", "optim.warmup_epochs=0", "frozen_bn=false")
-    step = TrainStep(recipe("simclr", *changes), CPU, amp=False, seed=0, init=initial_weights(str(weights)))
-    backbone, head = step.method.student.backbone, step.method.student.projector
-    first, at_first = [one.clone() for one in backbone.parameters()], tensors(head)
-    for number in range(2):  # the steps of an epoch
-        make(step, number)
-        assert all(map(torch.equal, first, backbone.parameters()))
-    assert not same(at_first, tensors(head))
-    make(step, 2)
-    assert not any(map(torch.equal, first, backbone.parameters()))
-    assert (
-        not TrainStep(recipe("simclr", "optim.freeze_backbone_epochs=0"), CPU, amp=False, seed=0)
-        .rates(0, RUN)
-        .get("backbone_frozen")
-    )
-
-
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_the_backbone_has_its_share_of_the_rate(name: str, weights: Path) -> None:
     init, moved = initial_weights(str(weights)), {}
     for share in (1.0, 0.25):
-        changes = (f"optim.name={name}", f"optim.backbone_lr={share}", "optim.freeze_backbone_epochs=0")
+        changes = (f"optim.name={name}", f"optim.backbone_lr={share}")
         chosen = recipe("simclr", *changes, "optim.warmup_epochs=0", "optim.lr=0.01", "optim.lr_batch=0")
         step = TrainStep(chosen, CPU, amp=False, seed=0, init=init)
         parts = step.method.student.backbone, step.method.student.projector
