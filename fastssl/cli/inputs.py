@@ -131,7 +131,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -
     from fastssl.data import sample_set
     from fastssl.data.photo_source import look_at
     from fastssl.distributed.devices import choose_device
-    from fastssl.models.backbones import plain_arch, resolve_arch
+    from fastssl.models.backbones import resolve_arch
     from fastssl.weights.source import initial_weights
 
     changes = parse_overrides(wanted.overrides)
@@ -163,7 +163,7 @@ def choose_inputs(wanted: Wanted, processes: int = 1, run: Path | None = None) -
         kind = "cpu" if source is None else choose_device(wanted.device).type
         recipe_name, reason = choose(source.photos if source else None, source.short_side if source else None, kind)
     recipe = load_recipe(recipe_name, changes, None if init is None else init.normalisation)
-    own_arch = plain_arch(recipe.arch)
+    own_arch = recipe.arch.partition(".")[0]
     recipe = dataclasses.replace(recipe, arch=arch or (init.arch if init else own_arch))
     resolve_arch(recipe.arch)
     if val is None and source and "val" in source.splits:
