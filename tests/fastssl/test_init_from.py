@@ -240,10 +240,10 @@ def run_small(data: Path, out: Path, weights: Path) -> dict[str, Tensor]:
 
 
 def test_two_processes_begin_with_the_same_weights(beton: Path, tmp_path: Path, weights: Path) -> None:
-    (alone,) = run_processes(run_small, 1, beton, tmp_path / "one", weights, timeout=600)
-    for found in run_processes(run_small, 2, beton, tmp_path / "two", weights, timeout=600):
-        for name, value in alone.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    first, second = run_processes(run_small, 2, beton, tmp_path / "two", weights, timeout=600)
+    networks = [name for name in first if name.startswith(("student.", "teacher."))]
+    assert networks and all(torch.equal(first[name], second[name]) for name in networks)
+    assert len(list(tmp_path.rglob("initial.safetensors"))) == 1
 
 
 def test_estimate_takes_the_same_options(beton: Path, weights: Path, capsys: pytest.CaptureFixture) -> None:
