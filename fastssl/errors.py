@@ -65,7 +65,8 @@ def at_work_on(path: str | os.PathLike, what: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator has failed: Python's, or torch's, which on a CPU has words for it and no class."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in str(error) for words in ("you tried to allocate", "ALLOC_FAILED", "MPS backend out"))
+    words = "you tried to allocate|ALLOC_FAILED|CUDA error: out of memory|MPS backend out"
+    return named or re.search(words, str(error)) is not None
 
 
 def counted(number: int, noun: str) -> str:

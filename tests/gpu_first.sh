@@ -8,14 +8,16 @@
 #   tests   all other GPU tests
 #   learn   the recipe quickstart with views of 128 px, trained on the sample photos in what is left of the time
 #
-# Nothing stops at a failure. OUT gets at most eight files: first.txt, all that was printed; log.txt, results.jsonl and report.html of the benchmarks;
-# learned.json, learned.jsonl and learned.html of the run. The same command again goes on: a step that ended, well or badly, is left out, one for which
-# time was short runs again. So time can be had in pieces (--minutes 10, then --minutes 5). --smoke: the same steps on a CPU, as small as they can be.
+# Nothing stops at a failure, but for a GPU that torch does not see (status 1). OUT gets at most eight files: first.txt, all that was printed; log.txt,
+# results.jsonl and report.html of the benchmarks; learned.json, learned.jsonl and learned.html of the run. The same command again goes on: a step that
+# ended, well or badly, is left out, one for which time was short runs again. So time can be had in pieces (--minutes 10, then --minutes 5). --smoke:
+# the same steps on a CPU, as small as they can be.
 # Exit status: 0 all well, 1 something failed or was cut off (listed at the end), 2 wrong usage.
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 OUT="" PYTHON="" SMOKE="" MINUTES=15
+usage() { sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-; }
 while (($#)); do
     case "$1" in
         --python | --minutes)
@@ -24,8 +26,9 @@ while (($#)); do
             shift 2
             ;;
         --smoke) SMOKE=1; shift ;;
-        -*) sed -n '2,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-; exit 2 ;;
-        *) OUT="$1"; shift ;;
+        -h | --help) usage; exit 0 ;;
+        -*) echo "gpu_first.sh: unknown option $1 (--help)" >&2; exit 2 ;;
+        *) [[ -z "$OUT" ]] || { echo "gpu_first.sh: one OUT, not $OUT and $1" >&2; exit 2; }; OUT="$1"; shift ;;
     esac
 done
 [[ -n "$OUT" && "$MINUTES" =~ ^[0-9]+$ ]] || { echo "gpu_first.sh: it takes OUT, a folder, and whole minutes (--help)" >&2; exit 2; }
@@ -34,7 +37,7 @@ if [[ -z "$PYTHON" ]]; then
 fi
 [[ "$PYTHON" != */* ]] || PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
 mkdir -p "$OUT" && OUT="$(cd "$OUT" && pwd)" || exit 2
-END=$((60 * MINUTES)) LOG="$OUT/first.txt"
+END=$((60 * 10#$MINUTES)) LOG="$OUT/first.txt"
 touch "$LOG"
 
 # Python imports this checkout, installed or not, and pytest must not find fastssl/ without its parts in the folder where it runs.
@@ -43,6 +46,11 @@ trap 'rm -rf "$WORK"' EXIT
 mkdir -p "$WORK/fastssl" && ln -s "$ROOT"/fastssl/* "$ROOT/pipelines" "$ROOT/benchmarks" "$WORK/fastssl/"
 export PYTHONPATH="$WORK${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 cd "$WORK" || exit 1
+# All steps would fail, and count as done when the GPU is there.
+[[ -n "$SMOKE" ]] || "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu_first.sh: torch sees no NVIDIA GPU here; --smoke runs the same steps on a CPU" >&2
+    exit 1
+}
 
 say() { printf '== [%3d s] %s\n' "$SECONDS" "$*" | tee -a "$LOG"; }
 bad=()

@@ -76,9 +76,7 @@ def main() -> None:
         light *= MEDIAN / np.median(light @ LUMINANCE)
         picture = (light / (1 + light)) ** (1 / GAMMA)
         name = module.name.split(".")[0]
-        Image.fromarray((picture * 255 + 0.5).astype(np.uint8)).save(
-            arguments.destination / f"{name}.jpg", quality=QUALITY
-        )
+        Image.fromarray((picture * 255 + 0.5).astype(np.uint8)).save(arguments.destination / f"{name}.jpg", quality=QUALITY)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,12 @@ def _replacements() -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "get_rng_state", lambda *args: torch.zeros(16, dtype=torch.uint8)
     yield torch.cuda, "set_rng_state", lambda *args: None
     yield nn.init, "trunc_normal_", lambda tensor, *args, **options: tensor  # looks at values; there are none to draw
-    yield networks_module, "create_backbone", _without_content(networks_module.create_backbone)
+    for name in ("create_backbone", "load_teacher"):
+        yield networks_module, name, _without_content(getattr(networks_module, name))
 
 
 def _without_content(create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """timm looks at values while it makes a network: it is made of real numbers, which are then forgotten."""
+    """Values are looked at while a network is made or read: it has real numbers, which are then forgotten."""
 
     def made(*args: Any, **options: Any) -> nn.Module:
         with unset_fake_temporarily():
@@ -131,19 +132,13 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
     return self
 
 
-@register_op_impl([torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_sgd_.tensor_lr])
-def _fused_sgd(mode: FakeTensorMode, func: Any, params: Any, grads: Any, buffers: Any, **options: Any) -> None:
-    _require_same_layout(func, params, grads, buffers)
+_OPTIMISERS = torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adamw_
 
 
-@register_op_impl([torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr])
-def _fused_adamw(mode: FakeTensorMode, func: Any, params: Any, grads: Any, *state: Any, **options: Any) -> None:
-    _require_same_layout(func, params, grads, *state[:2])
-
-
-def _require_same_layout(func: Any, *lists: list[Tensor]) -> None:
-    """What the CUDA kernels refuse, and a CPU's do not look at."""
-    for tensors in zip(*(one for one in lists if one)):
+@register_op_impl([getattr(one, how) for one in _OPTIMISERS for how in ("default", "tensor_lr")])
+def _fused_optimiser(mode: FakeTensorMode, func: Any, *lists: list[Tensor], **options: Any) -> None:
+    """Refuses what the CUDA kernels refuse, and a CPU's do not look at."""
+    for tensors in zip(*(one for one in lists[:4] if one)):  # parameters, gradients, moments
         kinds = {(t.device, t.dtype, tuple(s for s, n in zip(t.stride(), t.shape) if n > 1)) for t in tensors}
         if len(kinds) > 1:
             raise RuntimeError(f"{func}: parameter, gradient and state differ: {sorted(map(str, kinds))}")

@@ -177,13 +177,11 @@ def _with_epochs(recipe: Recipe, photos: int, batch: int, given: Collection[str]
     warmup: float = whole("optim.warmup_epochs", optim.warmup_epochs)
     if not optim.per_epoch and not is_given("optim.warmup_epochs", given):
         warmup = round(optim.warmup_epochs * factor, 2)
-    frozen = optim.freeze_backbone_epochs
-    frozen = frozen if is_given("optim.freeze_backbone_epochs", given) else round(frozen * factor, 2)
     counts = {key: whole(f"{recipe.method}.{key}", getattr(settings, key)) for key in settings.EPOCH_KEYS}
     every = whole("probe.every_epochs", recipe.probe.every_epochs)
     stretched = replace(
         _with_settings(recipe, replace(settings, **counts)),
-        optim=replace(optim, warmup_epochs=float(warmup), freeze_backbone_epochs=frozen),
+        optim=replace(optim, warmup_epochs=float(warmup)),
         train=replace(train, samples=None, epochs=epochs),
         probe=replace(recipe.probe, every_epochs=every),
     )
@@ -209,7 +207,7 @@ def warnings_for(recipe: Recipe, own_arch: str, photos: int, short_side: float, 
     if shortened and size >= PUBLISHED_VIEW and short_side < PUBLISHED_SIDE:
         softer = "crops are softer than in the published runs, which cut them from photos of full size (--keep-size)"
         found.append(f"the photos were scaled down to a short side of {short_side:g} px when converted: {softer}")
-    keys = {f"optim.{key}": getattr(recipe.optim, key) for key in ("warmup_epochs", "freeze_backbone_epochs")}
+    keys = {"optim.warmup_epochs": recipe.optim.warmup_epochs}
     keys |= {f"{method}.{key}": getattr(settings, key) for key in settings.EPOCH_KEYS if key != "queue_epoch"}
     if late := [f"{key} {value:g}" for key, value in keys.items() if value >= recipe.train.epochs]:
         ends = f"{counted(recipe.train.epochs, 'epoch')} ends before its warm-up does ({', '.join(late)})"

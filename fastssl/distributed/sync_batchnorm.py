@@ -79,22 +79,9 @@ class _OverRanks(_BatchNorm):
         return output
 
 
-class SynchronisedBatchNorm1d(_OverRanks, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` over all ranks."""
-
-
-class SynchronisedBatchNorm2d(_OverRanks, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` over all ranks."""
-
-
-class SynchronisedBatchNormAct2d(_OverRanks, BatchNormAct2d):
-    """timm's ``BatchNormAct2d`` over all ranks, with its own activation and drop layers."""
-
-
 _SYNCHRONISED: dict[type, type] = {
-    nn.BatchNorm1d: SynchronisedBatchNorm1d,
-    nn.BatchNorm2d: SynchronisedBatchNorm2d,
-    BatchNormAct2d: SynchronisedBatchNormAct2d,
+    kind: type(f"Synchronised{kind.__name__}", (_OverRanks, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 }
 
 
@@ -136,16 +123,8 @@ class _ByKernels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, *how: Any) -> Tensor:
+        running_mean, running_var, momentum, eps = how
         input = input.contiguous(memory_format=_layout(input))
         mean, invstd = torch.batch_norm_stats(input, eps)
         own = torch.cat([mean, invstd, mean.new_full((1,), input.numel() // input.shape[1])])

@@ -56,7 +56,8 @@ def _read(path: Path, width: int) -> np.ndarray:
         from pyarrow.parquet import read_table
 
         return np.array(read_table(path)["features"].combine_chunks().flatten()).reshape(-1, width)
-    return np.load(path, mmap_mode="c", allow_pickle=False)  # torch wants it writable
+    found: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)  # torch wants it writable
+    return found
 
 
 def faiss_candidates(features: Tensor) -> Finder:

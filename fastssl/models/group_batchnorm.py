@@ -13,6 +13,7 @@ from the layer's input, and neither keeps nor reads what the two gave.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -191,15 +192,10 @@ class Together(torch.autograd.Function):
         return to_input, *(of_affine if ctx.saved_tensors[1] is not None else (None, None)), None, None, None
 
 
-_compiled: dict[tuple[str, str], Compiled] = {}
-
-
-def compiled(function: Callable[..., Any], act: str) -> Callable[..., Any]:
-    """For all sizes at once, and one for each activation: torch compiles a function again eight times at most."""
-    key = function.__name__, act
-    if key not in _compiled:
-        _compiled[key] = Compiled(function, dynamic=True)
-    return _compiled[key]
+@cache
+def compiled(function: Callable[..., Any], act: str) -> Compiled:
+    """One for each activation, for all sizes at once."""
+    return Compiled(function, dynamic=True)
 
 
 def _kernels(function: Callable[..., Any], act: str) -> Callable[..., Any]:
@@ -212,7 +208,8 @@ def _kernels(function: Callable[..., Any], act: str) -> Callable[..., Any]:
 
 def not_compiled() -> str:
     """Why the groups' kernels are not compiled on a GPU; empty: they are, or there were none yet."""
-    return next((one.reason for one in _compiled.values() if one.reason), "")
+    reasons = (compiled(function, act).reason for function in (forward, backward) for act in ("", *ACTIVATIONS))
+    return next(filter(None, reasons), "")
 
 
 def forward(

@@ -40,8 +40,6 @@ class OptimConfig:
         per_epoch: change the rate once an epoch, as MoCo and light-moco do, instead of every step.
         backbone_lr: the backbone's rate as a share of the head's, for weights that are to change less than the head,
             which begins at random.
-        freeze_backbone_epochs: first epochs in which the head alone learns. The backbone's BatchNorm statistics move
-            all the same, unless they are kept (``frozen_bn``).
     """
 
     name: Literal["sgd", "adamw", "lars"] = "sgd"
@@ -60,7 +58,6 @@ class OptimConfig:
     final_lr: NotNegative = 0.0
     per_epoch: Switch = False
     backbone_lr: Positive = 1.0
-    freeze_backbone_epochs: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):

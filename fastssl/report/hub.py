@@ -48,7 +48,7 @@ def model_card(run: RunRecord, trained: Trained, name: str, license: str | None,
     header = ModelCardData(license=license, library_name="timm", pipeline_tag=task, tags=tags)
     table = ["| features | kNN | linear probe |", "| --- | --- | --- |"]
     for row in get(run.summary, "probe", "rows") or ():
-        if None not in row.values():
+        if None not in (row["knn"], row["linear"]):
             table.append(f"| {row['name']} | {row['knn']:.1f} % | {row['linear']:.1f} % |")
     told = f"{get(run.summary, 'verdict', 'text') or ''}\n\n{get(run.summary, 'probe', 'note') or ''}"
     told = told.replace(run.config.get("val") or "\0", "other photos")

@@ -91,7 +91,11 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "training time": None if train_s is None else duration(train_s),
         "whole run": None if total_s is None else duration(total_s),
         "device": run.summary.get("device") or run.config.get("device"),
-        **{switch: get(run.summary, "switches", switch) for switch in ("compile", "graph")},
+        **{
+            switch: how
+            for switch in ("compile", "graph")
+            if not str(how := get(run.summary, "switches", switch)).startswith("auto is for")  # another machine
+        },
     }
 
 

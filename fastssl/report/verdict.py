@@ -246,7 +246,8 @@ def _added(began: Mapping[str, Difference], judged: int) -> str:
     words = {found.word for found in began.values()}
     whole = "added to the weights as they came" if "better" in words else "added nothing to the weights as they came"
     harmed = "; use them as they are, or lower optim.lr and optim.backbone_lr" if words == {"worse"} else ""
-    return f"Pre-training {whole}: {' and '.join(parts)}{harmed}"
+    few = f"{counted(judged, 'judged photo')} are too few to tell what was added to the weights as they came"
+    return f"{few if _unknown(began) else f'Pre-training {whole}'}: {' and '.join(parts)}{harmed}"
 
 
 def _phrase(knn: str | None, linear: str | None, names: Sequence[str]) -> str:

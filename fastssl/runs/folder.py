@@ -31,11 +31,11 @@ from fastssl.utils.yaml_file import read_yaml
 _RESULTS = ("summary.json", "report.html", "views.png", "neighbours.png", "status.json")
 _CHECKPOINTS = ("last*.pt", "last*.safetensors", "step-*.pt", "epoch-*.pt", "epoch-*.safetensors", "*.aside", INITIAL)
 #: What may be another when a run goes on: it decides what is told, kept and put up with, and no step that was made.
-#: compile, graph: round differently, as another machine does. next_mark: in the records of older versions.
-#: distill.teacher: a name; teacher.fingerprint decides.
-_OF_TRAIN = ("compile", "graph", "log_every", "checkpoint_minutes", "keep_last", "milestone_epochs", "skip_nonfinite")
+#: checkpoint: computes the same bits again. compile, graph: round differently, as another machine does. next_mark: in
+#: the records of older versions. distill.teacher: a name; teacher.fingerprint decides.
+_OF_TRAIN = ("checkpoint", "compile", "graph", "log_every", "checkpoint_minutes", "keep_last", "milestone_epochs")
 _FREE = {"data.name", "data.val_photos", "val", "probe", "full_samples", "full_recipe", "next_mark", "init_from.name"}
-_FREE |= {"distill.teacher", *(f"train.{key}" for key in (*_OF_TRAIN, "on_bad"))}
+_FREE |= {"distill.teacher", *(f"train.{key}" for key in (*_OF_TRAIN, "skip_nonfinite", "on_bad"))}
 _RECIPE_KEYS = frozenset(field.name for field in dataclasses.fields(Recipe))
 
 

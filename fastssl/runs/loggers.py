@@ -89,19 +89,11 @@ class WandB:
         if online and not wandb.login(prompt=False, verify=False):
             raise FastSSLError("nobody is logged in: `wandb login`, or WANDB_MODE=offline and later `wandb sync`")
         # Not the console, the code, the command line: folders and passwords may stand there.
-        private: Values = {
-            "console": "off",
-            "disable_git": True,
-            "disable_code": True,
-            "x_disable_meta": True,
-            "host": "",
-        }
+        private: Values = {"console": "off", "disable_git": True, "disable_code": True, "x_disable_meta": True}
+        private |= {"host": "", "silent": True, "x_save_requirements": False}
         what: Values = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": name, "config": settings}
-        options = {**private, "silent": True, "x_save_requirements": False}
-        self._run, self._image = (
-            wandb.init(**what, resume="allow", allow_val_change=True, settings=options),
-            wandb.Image,
-        )
+        self._run = wandb.init(**what, resume="allow", allow_val_change=True, settings=private)
+        self._image = wandb.Image
         for kind in KINDS:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
         mine = Path(self._run.dir).parent
@@ -215,7 +207,7 @@ def logging_to(names: Sequence[str], folder: Path, config: Values, say: Say) -> 
         for name, thread in threads.items():
             thread.join(max(0.0, latest - time.monotonic()))
             if thread.is_alive():
-                _drop(name, "hangs", say)
+                _drop(name, "did not come to its end in time", say)
                 Deadline(folder).give_up()  # nor does the end of the process wait for it
 
 

@@ -47,15 +47,9 @@ def initial_backbone(
     return backbone
 
 
-def new_method(
-    recipe: Recipe,
-    seed: int,
-    batch_size: int,
-    ranks: int,
-    say: Callable[[str], None] = lambda text: None,
-    init: Trained | None = None,
-) -> Method:
-    """The recipe's method as a run begins with it, on the CPU, for ``batch_size`` samples a step on each rank.
+def new_method(recipe: Recipe, seed: int, batch_size: int, ranks: int, **how: Any) -> Method:
+    """The recipe's method as a run begins with it, on the CPU, for ``batch_size`` samples a step on each rank; ``how``:
+    of ``initial_backbone``.
 
     Raises:
         FastSSLError: a batch that does not fit the method's numbers, no memory for the networks, or as
@@ -63,7 +57,7 @@ def new_method(
     """
     kind: Callable[..., Method] = METHODS[recipe.method][0]
     views = Views(batch_size, recipe.pair_weights, ranks)
-    backbone = initial_backbone(recipe, seed, say, init)
+    backbone = initial_backbone(recipe, seed, **how)
     more = {"teacher": load_teacher(recipe)} if recipe.method == "distill" else {}
     try:
         generator = torch.Generator().manual_seed(seed)

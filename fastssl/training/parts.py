@@ -48,12 +48,17 @@ class Parts:
         self.statistics: list[Tensor] = [tensor for norm in norms for tensor in norm.buffers(recurse=False)]
 
     def tries(self) -> list[int]:
-        """The count, and more parts: each at least twice as many as the one before, of two samples or more."""
-        batch, found = self.method.views.batch_size, [self.count]
-        for more in range(self.count + 1, batch // 2 + 1):
-            if more >= 2 * found[-1] and batch % more == 0 and self._groups % more == 0:
+        """The count, and more parts: each at least twice as many as the one before."""
+        found = [self.count]
+        for more in range(self.count + 1, self.method.views.batch_size // 2 + 1):
+            if more >= 2 * found[-1] and self.allows(more):
                 found.append(more)
         return found
+
+    def allows(self, count: int) -> bool:
+        """Whether so many parts are equal ones, of two samples or more and of whole groups."""
+        batch = self.method.views.batch_size
+        return batch % count == 0 and batch >= 2 * count and self._groups % count == 0
 
     def of(self, rows: Tensor, part: int) -> Tensor:
         """Of view-major ``rows`` (n B, ...) those of the ``part``-th share of the samples, view-major."""

@@ -47,9 +47,10 @@ def _fits(step: TrainStep, inputs: StepInputs, parts: int) -> bool:
     """Whether an eager step finds room beside the batches that the loader has ready meanwhile. It leaves the state as
     it was, and each process makes it alone.
     """
-    undo, before, ready, found = step.snapshot(), step.parts.count, list[Tensor](), True
+    undo, before, ready, found = None, step.parts.count, list[Tensor](), True
     step.parts.count = parts
     try:
+        undo = step.snapshot()
         with rehearsed():
             ready.extend(map(torch.empty_like, (*inputs.views, *inputs.tables) * 2))
             step._run(inputs)
@@ -61,7 +62,8 @@ def _fits(step: TrainStep, inputs: StepInputs, parts: int) -> bool:
         step.parts.count = before
         ready.clear()
         step.clear_gradients()
-        undo()
+        if undo is not None:
+            undo()
     if not found:
         _free(step)
     return found

@@ -354,7 +354,8 @@ def _resume(run: Setup) -> None:
         run.end_together(FastSSLError(found))
     if found is not None:
         run.position = put_in(found)
-        run.step.parts.count = run.position.parts or run.step.parts.count
+        if (found_before := run.position.parts) and run.step.parts.allows(found_before):
+            run.step.parts.count = found_before  # not where there are other processes now, of other shares of the batch
         if run.saver:
             run.saver.saved_step = run.position.step
         run.progress.note(f"resumed at step {run.position.step:,} (epoch {run.position.epoch})")

@@ -125,7 +125,7 @@ class TrainStep:
         if device.type == "mps":
             asked = {"bfloat16": recipe.train.amp == "bf16", "compile": recipe.train.compile is True}
             self.fallbacks |= {what: "nobody tried it on an Apple GPU" for what, wanted in asked.items() if wanted}
-        method = new_method(recipe, seed, self.batch_size, world.size, self.without_effect.append, init)
+        method = new_method(recipe, seed, self.batch_size, world.size, say=self.without_effect.append, init=init)
         self.method = method.to(device).to(memory_format=torch.channels_last).train()
         if recipe.train.checkpoint and (reason := recompute_blocks(self.method.student.backbone)):
             self.fallbacks["checkpoint"] = reason
@@ -137,10 +137,8 @@ class TrainStep:
             self.method.synchronise(lambda network: synchronise_batchnorm(ordinary_batchnorm(network), device))
         if recipe.frozen_bn and not self.method.freeze_batchnorm():
             self.without_effect.append(f"frozen_bn changes nothing: {recipe.arch} has no BatchNorm")
-        backbone = list(self.method.student.backbone.parameters())
-        self._frozen_first = backbone if recipe.optim.freeze_backbone_epochs else []
-        groups_of = parameter_groups(self.method, recipe.optim, slower=backbone)
-        self.optimizer = create_optimizer(self.method, recipe.optim, groups_of)
+        rated = parameter_groups(self.method, recipe.optim, list(self.method.student.backbone.parameters()))
+        self.optimizer = create_optimizer(self.method, recipe.optim, rated)
         self._trained = [p for p in self.method.parameters() if p.requires_grad]
         self.bf16_weights: list[Bf16Weights] = []
         self.networks: list[nn.Module] = self.method.networks
@@ -197,8 +195,6 @@ class TrainStep:
         if optim.final_weight_decay is not None:
             progress = step / run.total_steps
             found["weight_decay"] = half_cosine(progress, optim.weight_decay, optim.final_weight_decay)
-        if optim.freeze_backbone_epochs:
-            found["backbone_frozen"] = step < optim.freeze_backbone_epochs * run.steps_per_epoch
         return {**found, **self.method.rates(step, run)}
 
     @property
@@ -263,7 +259,7 @@ class TrainStep:
         with self.autocast():
             targets = method.targets(images, noise, rates)
         output = self.parts.backward(images, targets, noise, rates)
-        for parameter in (*output.frozen, *(self._frozen_first if rates.get("backbone_frozen") else ())):
+        for parameter in output.frozen:
             parameter.grad = None
         average_gradients(self._trained)
         self.update(rates)

@@ -26,12 +26,12 @@ from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import barrier, broadcast_object
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.features import shard
-from fastssl.evaluate.trained import load_trained
 from fastssl.methods.distill import Distill, DistillConfig, FrozenTeacher
 from fastssl.models.backbones import require_sizes
 from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.utils.atomic_files import UNFINISHED, sync_folder
 from fastssl.utils.digest import digest
+from fastssl.weights.source import load_weights
 
 if TYPE_CHECKING:
     from fastssl.training.setup import Setup
@@ -47,7 +47,7 @@ def load_teacher(recipe: Recipe) -> FrozenTeacher:
     if config.teacher is None:
         what = "a run's folder, a file with weights or a timm name with its tag"
         raise FastSSLError(f"distill.teacher is missing: --set distill.teacher=... names {what}")
-    found, size = load_trained(config.teacher), config.teacher_size or view.size
+    found, size = load_weights(config.teacher), config.teacher_size or view.size
     require_sizes(found.backbone, found.arch, {"distill.teacher_size": size})
     decides = {**found.backbone.state_dict(), "size": size, "normalisation": list(found.normalisation)}
     about = {"name": found.name, "arch": found.arch, "fingerprint": digest(decides)[:16]}

@@ -86,9 +86,10 @@ def make_step(run: Setup, batch: Batch) -> Tensor:
     noise = step.noise(position.epoch, position.step_in_epoch, batch.index.numpy())
     metrics = make_step_or_say(step, StepInputs(batch.views, noise, run.rates, batch.tables))
     run.ring.push(metrics, position.step + 1)
+    if auto := run.recipe.train.accumulate == "auto":
+        position.parts = step.parts.count  # also behind a rollback to a time when they were not known
     if first:
-        if run.recipe.train.accumulate == "auto":
-            position.parts = step.parts.count
+        if auto:
             run.progress.message(f"train.accumulate: {counted(step.parts.count, 'part')} of a batch")
         for switch, reason in step.fallbacks.items():
             run.progress.message(f"without {switch}: {reason}")

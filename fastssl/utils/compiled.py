@@ -41,7 +41,8 @@ class Compiled:
             self.reason = "switched off by TORCH_COMPILE_DISABLE"
         elif backend is not None:
             # With code of its own: torch counts recompilations by code, and a process may have many of one function.
-            own = FunctionType(function.__code__.replace(), function.__globals__)
+            code, rest = function.__code__.replace(), (None, function.__defaults__, function.__closure__)
+            own = FunctionType(code, function.__globals__, *rest)
             how: dict[str, Any] = {"options": RECOMPUTE if backend == "inductor" else None, **options}
             self._compiled = torch.compile(own, backend=backend, **how)
 

@@ -7,13 +7,8 @@ from collections.abc import Iterable
 _AROUND = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
 #: Of a block that widens first, and of one that does not.
 _WIDENING = {"conv_pw": "_expand_conv", "conv_dw": "_depthwise_conv", "conv_pwl": "_project_conv"}
-_WIDENING |= {
-    "bn1": "_bn0",
-    "bn2": "_bn1",
-    "bn3": "_bn2",
-    "se.conv_reduce": "_se_reduce",
-    "se.conv_expand": "_se_expand",
-}
+_WIDENING |= {"bn1": "_bn0", "bn2": "_bn1", "bn3": "_bn2"}
+_WIDENING |= {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
 _PLAIN = _WIDENING | {"bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
 
 

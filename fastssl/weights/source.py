@@ -155,7 +155,7 @@ def _from_timm(source: str, which: str | None) -> Trained:
 @contextmanager
 def _in_one_line(source: str) -> Iterator[None]:
     """What timm and the hub's library say in many lines, and in an error of any kind."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     speaker = logging.getLogger("huggingface_hub")
     level = speaker.level
@@ -166,8 +166,6 @@ def _in_one_line(source: str) -> Iterator[None]:
         said = f"cannot be loaded ({type(error).__name__}: {without_folders(' '.join(str(error).split()))[:200]})"
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
             said = "not in the cache of this machine, and the hub cannot be reached; fetch it elsewhere, or give a file"
-        elif isinstance(error, RepositoryNotFoundError):
-            said = "the hub has no such repository, or it is private (`hf auth login`)"
         raise FastSSLError(f"{source}: {said}") from error
     finally:
         speaker.setLevel(level)

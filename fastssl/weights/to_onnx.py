@@ -154,7 +154,6 @@ def write_onnx(
 
 
 def _quantised(model: onnx.ModelProto, path: Path, calibration: Tensor) -> onnx.ModelProto:
-    """By way of ``path``."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -165,6 +164,7 @@ def _quantised(model: onnx.ModelProto, path: Path, calibration: Tensor) -> onnx.
         def get_next(self) -> dict[str, Any] | None:
             return next(self.images, None)
 
-    quant_pre_process(model, str(path), skip_symbolic_shape=True)
+    onnx.save(model, str(path))  # given in memory, its tensors would go to a file of their own, and not be found
+    quant_pre_process(str(path), str(path), skip_symbolic_shape=True)
     quantize_static(str(path), str(path), Photos(), per_channel=True)
     return onnx.load(str(path))

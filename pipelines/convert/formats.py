@@ -27,8 +27,6 @@ _ENDINGS = {
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     "HEIF": (".heic", ".heif", ".hif"),
 }
-#: All that may be a photo's, whether or not this Pillow can decode it.
-IMAGE_EXTENSIONS = frozenset(ending for endings in _ENDINGS.values() for ending in endings)
 
 #: What a user can do about files that are passed over.
 _INSTALL = {

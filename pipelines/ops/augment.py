@@ -3,10 +3,8 @@
 The semantics are those of torchvision.transforms.v2 on float pictures in 0 .. 1, operation by operation, clamped in
 between; the order is jitter (in the sample's own order), grey, blur, solarise (the flip happened in the crop).
 
-Two drivers give the same numbers:
-
-* `augment_host` is a compiled loop over samples, which does what was drawn and nothing else (see `compiled.py`).
-* `DeviceColour` is a fixed row of operations on all samples, for a GPU (see `device_colour.py`).
+Two drivers give the same numbers: on a CPU a compiled loop over samples, which does what was drawn and nothing else
+(see `compiled.py`); on a GPU `DeviceColour`, a fixed row of operations on all samples (see `device_colour.py`).
 """
 
 from __future__ import annotations
@@ -57,19 +55,6 @@ def augment(
         if on_device.fallback:
             warnings.warn(f"colour operations are not compiled: {on_device.fallback}", stacklevel=2)
         return result
-    return augment_host(views, plan, spec, dtype, pool, memory)
-
-
-def augment_host(
-    views: Tensor,
-    plan: NDArray[np.void],
-    spec: ViewSpec,
-    dtype: torch.dtype = torch.float32,
-    pool: Executor | None = None,
-    memory: RecycledMemory | None = None,
-) -> Tensor:
-    """`augment` on the CPU, compiled: only what was drawn is computed. Arguments and result as there."""
-    check_views(views, len(plan))
     count, size = len(plan), views.shape[-1]
     source = views.permute(0, 2, 3, 1).contiguous().numpy().reshape(count, 3 * size * size)
     result = (memory or RecycledMemory()).take(count, size, size, 3)

@@ -16,7 +16,7 @@ from fastssl.benchmarks.suites import step as step_bench
 from fastssl.benchmarks.suites import views as bench
 from fastssl.config.recipe import load_recipe
 from fastssl.pipelines.beton.reader import BetonReader
-from fastssl.pipelines.ops.augment import augment_host
+from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.plan.draw import draw_plan
 
 
@@ -81,7 +81,7 @@ def test_colours_come_from_what_is_ready(kind: str, monkeypatch: pytest.MonkeyPa
     if kind == "cuda":
         monkeypatch.setattr(bench, "parameter_table", None)
     (views,) = colour(crops)
-    expected = augment_host(crops[0], plans[0].reshape(-1), recipe.views[0])
+    expected = augment(crops[0], plans[0].reshape(-1), recipe.views[0])
     torch.testing.assert_close(views, expected, atol=2e-2, rtol=0)
 
 

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fastssl.benchmarks.harness.fake_cuda import fake_cuda, why_not
 from fastssl.benchmarks.harness.records import Record, missing_parts, read_records
 from fastssl.benchmarks.suites import count
+from fastssl.cli.bench import bench
 from fastssl.config.recipe import Recipe, load_recipe
 from fastssl.errors import FastSSLError
+from fastssl.models.group_batchnorm import backward, compiled, forward
+from fastssl.pipelines.ops.device_colour import device_colour
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.utils.versions import describe_versions
 
 pytestmark = pytest.mark.skipif(why_not() != "", reason=why_not())
@@ -33,6 +38,25 @@ def test_a_step_is_counted_by_part_and_shown_in_80_columns() -> None:
     record = Record("count", "simclr-mobilenetv3", "mobilenetv3_small_050", batch_size=8, git="abc", details=details)
     assert max(map(len, count.table(record).splitlines())) <= 80
     assert missing_parts(record) == [] and missing_parts(replace(record, details={**details, "bytes": 0})) == ["figure"]
+
+
+@pytest.mark.parametrize("other", ["--peers", "--graph", "--device=cuda", "--device=cpu"])
+def test_what_has_no_part_in_the_count_is_wrong_usage(other: str) -> None:
+    result = CliRunner().invoke(bench, ["step", "--count", other])
+    assert result.exit_code == 2 and "leave --peers, --graph and --device out" in result.output
+
+
+def test_what_is_compiled_for_the_fake_gpu_goes_with_it() -> None:
+    """It would count for a counter of the past, and a real GPU would be given it."""
+
+    def made() -> list[object]:
+        colour = device_colour(ViewSpec(size=8), torch.float32, torch.device("cuda"))
+        return [colour, *(compiled(function, "") for function in (forward, backward))]
+
+    with fake_cuda():
+        before = made()
+        assert all(one is other for one, other in zip(before, made()))
+    assert not any(one is other for one, other in zip(before, made()))
 
 
 @pytest.mark.parametrize(

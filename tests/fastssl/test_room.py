@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import weakref
 from pathlib import Path
@@ -10,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
-from small_run import Silent, options, small
+from small_run import Silent, options, same, small, state
 from test_step import BATCH, CPU, rates, recipe, replayed, train, views
 
+from fastssl.config.recipe import Recipe
 from fastssl.distributed.collectives import all_reduce_sum, any_rank, average_gradients, gather_rows, rank, rehearsed
 from fastssl.distributed.world import World
 from fastssl.errors import FastSSLError, Interrupted, is_out_of_memory
+from fastssl.pipelines.loader import Batch
 from fastssl.pretrain import pretrain
+from fastssl.runs.checkpoint import write_state
 from fastssl.training import setup as of_runs
 from fastssl.training import trainer
+from fastssl.training.cuda_graph import StepInputs
+from fastssl.training.room import fewest_parts
 from fastssl.training.step import TrainStep
 
 
@@ -48,6 +54,7 @@ def test_what_is_told_from_other_errors() -> None:
         and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     )
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))  # outside of torch's allocator
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
 
 
@@ -68,6 +75,20 @@ def test_auto_takes_the_fewest_parts_that_fit_and_makes_their_steps(error: type[
     assert found.recorded == graph
     for name, value in known.method.state_dict().items():
         assert torch.equal(found.method.state_dict()[name], value), name
+
+
+def test_a_try_that_cannot_even_keep_the_state_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = TrainStep(recipe(train__accumulate="auto"), CPU, amp=False, seed=0)
+    snapshot = step.snapshot
+
+    def allocate() -> object:
+        if step.parts.count < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return snapshot()
+
+    monkeypatch.setattr(step, "snapshot", allocate)
+    batch = StepInputs([views(0)], step.noise(0, 0), rates(step), ())
+    assert fewest_parts(step, batch) == 4 and step.parts.count == 1
 
 
 def test_parts_hold_whole_groups_and_two_samples() -> None:
@@ -164,9 +185,19 @@ def test_a_run_without_memory_ends_in_one_line_with_the_parts_that_fit(
 def test_a_run_keeps_the_parts_that_it_found_when_it_goes_on(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_photos: list[int]
 ) -> None:
-    auto, said, make_step = small("train.accumulate=auto"), Silent(), trainer.make_step
+    auto, said = small("train.accumulate=auto"), Silent()
     whole = pretrain(auto, options(beton, tmp_path / "whole"), said)
     assert whole["accumulate"] == 4 and "train.accumulate: 4 parts of a batch" in said.messages
+
+    cut_after_three(auto, options(beton, tmp_path / "cut"))
+    monkeypatch.undo()  # goes on where there is room for all
+    assert pretrain(auto, options(beton, tmp_path / "cut"), Silent())["accumulate"] == 4
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+
+
+def cut_after_three(recipe: Recipe, where: of_runs.RunOptions) -> None:
+    """Of a run its first three steps."""
+    make_step = trainer.make_step
 
     def stop_after_three(run: of_runs.Setup, batch: object) -> object:
         metrics = make_step(run, batch)
@@ -174,14 +205,42 @@ def test_a_run_keeps_the_parts_that_it_found_when_it_goes_on(
             run.stop.set()
         return metrics
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(trainer, "make_step", stop_after_three)
-        with pytest.raises(Interrupted):
-            pretrain(auto, options(beton, tmp_path / "cut"), Silent())
-    monkeypatch.undo()  # goes on where there is room for all
-    assert pretrain(auto, options(beton, tmp_path / "cut"), Silent())["accumulate"] == 4
-    mine, reference = (
-        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["method"]
-        for name in ("cut", "whole")
-    )
-    assert all(torch.equal(mine[name], reference[name]) for name in reference)
+        pretrain(recipe, where, Silent())
+
+
+def test_parts_of_other_processes_are_found_anew(beton: Path, tmp_path: Path) -> None:
+    """Where a process has another share of the batch than those that found them."""
+    auto, where, said = small("train.accumulate=auto", "train.epochs=1"), options(beton, tmp_path), Silent()
+    cut_after_three(auto, where)
+    saved = state(tmp_path)
+    assert saved["position"]["parts"] == 1
+    saved["position"]["parts"] = 8  # one photo each
+    write_state(tmp_path / "checkpoints" / "last.pt", saved)
+    assert pretrain(auto, where, said)["accumulate"] == 1 and "train.accumulate: 1 part of a batch" in said.messages
+
+
+def test_a_run_that_was_set_back_behind_its_first_steps_still_knows_its_parts(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_photos: list[int]
+) -> None:
+    make_step = trainer.make_step
+
+    def spoil_the_second(run: of_runs.Setup, batch: Batch) -> torch.Tensor:
+        if run.position.step == 1:
+            batch.views[0].fill_(math.nan)
+        return make_step(run, batch)
+
+    monkeypatch.setattr(trainer, "make_step", spoil_the_second)
+    recipe = small("train.accumulate=auto", "train.epochs=1", "train.skip_nonfinite=1")
+    assert pretrain(recipe, options(beton, tmp_path), Silent())["passed_over_steps"] == [2]
+    assert state(tmp_path)["position"]["parts"] == 4
+
+
+def test_a_run_without_memory_may_go_on_with_checkpoint(beton: Path, tmp_path: Path) -> None:
+    """As the message says: it makes the same steps."""
+    arch = ("arch=mobilenetv2_035", "train.epochs=1")
+    pretrain(small(*arch), options(beton, tmp_path / "whole"), Silent())
+    cut_after_three(small(*arch), options(beton, tmp_path / "cut"))
+    pretrain(small(*arch, "train.checkpoint=true"), options(beton, tmp_path / "cut"), Silent())
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))

@@ -140,7 +140,7 @@ def test_a_loss_that_makes_the_host_wait_or_mixes_devices_is_seen(case: str, mon
     with torch._dynamo.config.patch(disable=True):  # it takes most of the time, and no loss is compiled
         parts = count_step(small, BATCH, amp=True, compiled=False)["parts"]
         assert {"student", "loss", "backward"} <= set(parts)
-        for fault, words in ((reads_a_value, "_local_scalar_dense"), (constant_on_the_cpu, "two different devices")):
+        for fault, words in ((reads_a_value, "_local_scalar_dense"), (constant_on_the_cpu, "two (different )?devices")):
             faults[:] = [fault]
             with pytest.raises(Exception, match=words):
                 count_step(small, BATCH, amp=True, compiled=False)

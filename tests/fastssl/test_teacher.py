@@ -76,10 +76,7 @@ def test_a_teacher_of_other_width_size_and_normalisation() -> None:
             {"distill__teacher": teacher_file("vit_tiny_patch16_224")},
             r"cannot take pictures of 40 px; try --set distill\.teacher_size=48",
         ),
-        (
-            {"distill__teacher": teacher_file(broken=True)},
-            r"resnet10t-broken\.safetensors: its features are NaN or infinite",
-        ),
+        ({"distill__teacher": teacher_file(broken=True)}, r"resnet10t-broken\.safetensors: its features are NaN"),
     ],
 )
 def test_what_can_be_no_teacher_is_refused_in_one_line(changes: dict, line: str) -> None:

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from torchvision_views import torchvision_colour
 
 from fastssl.pipelines.ops import compiled
-from fastssl.pipelines.ops.augment import augment, augment_host
+from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.device_colour import (
     DeviceColour,
     blur_by_matrices,
@@ -67,7 +67,7 @@ def on_device(
 
 
 def on_host(views: torch.Tensor, plan: np.ndarray, spec: ViewSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return augment_host(views, plan, spec, dtype)
+    return augment(views, plan, spec, dtype)
 
 
 DRIVERS = [on_host, on_device]
@@ -340,7 +340,7 @@ def test_host_driver_from_several_threads() -> None:
 def test_gpu_equals_the_host_without_a_sync_and_in_a_graph(compiled: bool) -> None:
     spec = replace(STRONG, **RAW, size=64)
     views, plan = photos(64, 64), draw(spec, 64)
-    expected = augment_host(views, plan, spec)
+    expected = augment(views, plan, spec)
     on_gpu, table = views.cuda(), torch.from_numpy(parameter_table(plan)).cuda()
     colour = device_colour(spec, torch.float32, on_gpu.device) if compiled else DeviceColour(spec, torch.float32)
     colour(on_gpu, table)

@@ -220,7 +220,7 @@ def test_the_compiled_loops_read_only_memory_that_is_theirs() -> None:
     code = """
 import zlib
 import numpy as np
-from fastssl.pipelines.ops.augment import augment_host
+from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.crop import boxes_of, crop_resize_host
 from fastssl.pipelines.plan.draw import ViewSpec, draw_plan
 import torch
@@ -232,7 +232,7 @@ for trial in range(120):
     views = np.zeros((2, 1, size, size, 3), np.uint8)
     crop_resize_host(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), boxes_of(plan)[0], spec, views, 0)
     check = zlib.crc32(plan.tobytes(), zlib.crc32(views.tobytes(), check))
-    coloured = augment_host(torch.from_numpy(views[:, 0]).permute(0, 3, 1, 2), plan[:, 0], spec)
+    coloured = augment(torch.from_numpy(views[:, 0]).permute(0, 3, 1, 2), plan[:, 0], spec)
     check = zlib.crc32(coloured.contiguous().numpy().tobytes(), check)
 print(check)
 """

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.pipelines.ops import augment as augment_module
-from fastssl.pipelines.ops.augment import augment, augment_host
+from fastssl.pipelines.ops.augment import augment
 from fastssl.pipelines.ops.device_colour import DeviceColour, device_colour, parameter_table
 from fastssl.pipelines.plan.draw import ViewSpec
 
@@ -52,7 +52,7 @@ def test_what_is_compiled_equals_the_host_for_every_recipe(spec: ViewSpec, monke
     colour = DeviceColour(spec, torch.float32)
     result = colour(views, table)
     assert result.is_contiguous(memory_format=torch.channels_last)
-    assert grey_levels(result, augment_host(views, plan, spec), spec) < 0.01
+    assert grey_levels(result, augment(views, plan, spec), spec) < 0.01
     without = plan.copy()
     without["contrast"] = 1.0
     assert grey_levels(colour(views, torch.from_numpy(parameter_table(without))), result, spec) > 1, "no contrast drawn"
@@ -70,7 +70,7 @@ def test_inductor_makes_the_same_pictures_with_few_kernels() -> None:
     colour = DeviceColour(SPEC, torch.float32, "inductor")
     result = colour(views, table)
     assert not colour.fallback and 0 < metrics.generated_kernel_count <= 16
-    assert grey_levels(result, augment_host(views, plan, SPEC), SPEC) < 0.01
+    assert grey_levels(result, augment(views, plan, SPEC), SPEC) < 0.01
 
 
 def only_from_inputs(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., object]:

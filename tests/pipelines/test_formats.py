@@ -22,7 +22,7 @@ from fastssl.pipelines.beton.writer import BetonWriter
 from fastssl.pipelines.convert import encode, formats
 from fastssl.pipelines.convert.conversion import convert
 from fastssl.pipelines.convert.encode import How, encode_photo
-from fastssl.pipelines.convert.formats import IMAGE_EXTENSIONS, in_words, is_photo_name, kind_of, remedies, remedy
+from fastssl.pipelines.convert.formats import _ENDINGS, in_words, is_photo_name, kind_of, remedies, remedy
 from fastssl.pipelines.convert.options import ConvertOptions
 from fastssl.pipelines.convert.sources import SourceError, list_source
 from fastssl.pipelines.ops import jpeg
@@ -118,7 +118,8 @@ def test_every_kind_that_may_be_a_photo_has_a_remedy(monkeypatch: pytest.MonkeyP
     for kind in (".cr2", ".nef", ".dng", ".arw", ".svg", ".pdf", ".mp4", ".avi", ".jxl"):
         assert remedy(kind) is not None and not is_photo_name(f"a{kind}")
     assert remedy(".txt") is remedy("hidden") is remedy("other") is None
-    assert all(remedy(kind) is None for kind in IMAGE_EXTENSIONS if is_photo_name(f"a{kind}"))
+    endings = [ending for endings in _ENDINGS.values() for ending in endings]
+    assert all(remedy(ending) is None for ending in endings if is_photo_name(f"a{ending}"))
     monkeypatch.setattr(formats, "pillow_formats", lambda: ("JPEG", "PNG"))
     formats._decodable.cache_clear()
     try:

@@ -176,8 +176,9 @@ def step(count: bool, **chosen: Any) -> None:
     if not count:
         measure("step", **chosen)
         return
-    if chosen["peers"] or chosen["graph"]:
-        raise click.UsageError("--count takes our step as it is written, or with --compile; leave --peers, --graph out")
+    if chosen["peers"] or chosen["graph"] or chosen["device"] != "auto":
+        what = "our step for a GPU as it is written, or with --compile"
+        raise click.UsageError(f"--count takes {what}; leave --peers, --graph and --device out")
     from fastssl.benchmarks.suites.count import table
 
     measure("count", show=table, **chosen)
