@@ -149,7 +149,7 @@ def test_tables_are_read_too(made, tmp_path, ending, half, monkeypatch):
     with pytest.raises(FastSSLError, match="not as `fastssl embed` writes"):
         open_features(path)
     if ending == "parquet":
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
         with pytest.raises(FastSSLError, match="parquet needs pyarrow: pip install"):
             open_features(path)
 
