@@ -17,7 +17,7 @@ from fastssl.distributed.world import first_of_host_speaks, world_from_environme
 from fastssl.errors import UsageError
 from fastssl.evaluate.embed import embed as write_features
 from fastssl.evaluate.features import silent
-from fastssl.evaluate.frozen import TRAINING, Frozen
+from fastssl.evaluate.frozen import TRAINING, Frozen, require_linear
 from fastssl.inputs import Told, Wanted, choose_inputs
 from fastssl.pretrain import RunOptions
 from fastssl.pretrain import pretrain as make_run
@@ -134,6 +134,8 @@ def evaluate(
         raise UsageError(f"{strange[0]}: no such option of {kind}; there are {', '.join(_OPTIONS[kind])}")
     asked = SimpleNamespace(**{**_OPTIONS[kind], **options}, data=_place(data), val=_place(val))
     asked.protocol = asked.protocol or ("dino" if kind == "knn" else "fast")
+    if kind == "linear":
+        require_linear(asked)
     with open_session(os.fspath(weights), which=which, arch=arch, device=device) as session:
         frozen = Frozen(session, asked, silent, _warn)
         if kind == "linear":

@@ -66,13 +66,6 @@ class Frozen:
     def linear(self) -> tuple[str, dict[str, Any]]:
         """What is said, and the record."""
         asked = self.asked
-        if given := [name for name in TRAINING if asked.protocol == "fast" and getattr(asked, name)]:
-            option = f"--{given[0].replace('_', '-')}"
-            raise UsageError(f"{option} belongs to a protocol that trains: --protocol {', '.join(PROTOCOLS)}")
-        if asked.sweep and asked.lr:
-            raise UsageError("--sweep goes around the protocol's rate: give either --lr or --sweep")
-        if asked.protocol not in ("fast", *PROTOCOLS):
-            raise UsageError(f"no protocol {asked.protocol!r}; there are fast, {', '.join(PROTOCOLS)}")
         with photos.open_split(asked.data, asked.val, seed=asked.seed, workers=asked.workers) as split:
             line, figures = (self._fast if asked.protocol == "fast" else self._published)(split)
             return line, self.session.record("linear", **{**split.record(), **self._pictures(), **figures})
@@ -156,6 +149,17 @@ class Frozen:
     def _pictures(self) -> dict[str, Any]:
         """What a record says of them."""
         return {name: getattr(self.asked, name) for name in ("size", "crop", "reestimate_bn")}
+
+
+def require_linear(asked: SimpleNamespace) -> None:
+    """Raise UsageError, before anything is loaded, for options of ``linear`` that do not go together."""
+    if given := [name for name in TRAINING if asked.protocol == "fast" and getattr(asked, name)]:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{option} belongs to a protocol that trains: --protocol {', '.join(PROTOCOLS)}")
+    if asked.sweep and asked.lr:
+        raise UsageError("--sweep goes around the protocol's rate: give either --lr or --sweep")
+    if asked.protocol not in ("fast", *PROTOCOLS):
+        raise UsageError(f"no protocol {asked.protocol!r}; there are fast, {', '.join(PROTOCOLS)}")
 
 
 def pictures(session: Session, asked: SimpleNamespace, say: Callable[[str], None]) -> dict[str, Any]:

@@ -112,11 +112,11 @@ def linear(**values: Any) -> None:
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --json linear.json
     fastssl evaluate linear runs/mine --data train.beton --val val.beton --protocol sslight --sweep --json linear.json
     """
-    asked = SimpleNamespace(**values)
-
-    from fastssl.evaluate.frozen import Frozen
+    from fastssl.evaluate.frozen import Frozen, require_linear
     from fastssl.weights.source import open_session
 
+    asked = SimpleNamespace(**values)
+    require_linear(asked)
     with open_session(asked.checkpoint, which=asked.which, arch=asked.arch, device=asked.device) as session:
         line, record = Frozen(session, asked, common.bar(session), common.tell).linear()
         common.finish(session, line, record, asked.json_path)
