@@ -101,7 +101,8 @@ def choose_inputs(wanted: Wanted, told: Told, processes: int = 1, run: Path | No
         arch, first = None, arch
     init = None if first is None else initial_weights(first, arch, run)
     if init is not None:
-        told.note(f"begins with {init.name} ({init.arch}), which saw pictures with {init.normalisation}")
+        seen = "mean {} and std {}".format(*init.normalisation)
+        told.note(f"begins with {init.name} ({init.arch}), which saw pictures of {seen}")
         recipe_name = recipe_name or ADAPT_RECIPE
     source = None if wanted.data is None else look_at(wanted.data)
     if not recipe_name:

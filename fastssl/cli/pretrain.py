@@ -76,6 +76,8 @@ def pretrain(wanted: Wanted, out: Path | None, json_path: str | None, cache_teac
 
     if cache_teacher is not None:
         cached = f"distill.cache_epochs={cache_teacher}"
+        if any(cached.startswith(one.partition("=")[0] + "=") for one in wanted.overrides):
+            raise click.UsageError("--cache-teacher and distill.cache_epochs say the same thing; give one")
         wanted = dataclasses.replace(wanted, overrides=(*wanted.overrides, cached))
     with first_of_host_speaks():
         require_loggers(how["log"])

@@ -47,7 +47,10 @@ def load_teacher(recipe: Recipe) -> FrozenTeacher:
     if config.teacher is None:
         what = "a run's folder, a file with weights or a timm name with its tag"
         raise FastSSLError(f"distill.teacher is missing: --set distill.teacher=... names {what}")
-    found, size = load_weights(config.teacher), config.teacher_size or view.size
+    try:
+        found, size = load_weights(config.teacher), config.teacher_size or view.size
+    except FastSSLError as error:
+        raise FastSSLError(f"distill.teacher: {error}") from error
     require_sizes(found.backbone, found.arch, {"distill.teacher_size": size})
     decides = {**found.backbone.state_dict(), "size": size, "normalisation": list(found.normalisation)}
     about = {"name": found.name, "arch": found.arch, "fingerprint": digest(decides)[:16]}
@@ -111,7 +114,8 @@ def open_cache(run: Setup) -> TeacherCache:
     if len(reader.files) > 1 or reader.streamed or not (folder.is_dir() or os.access(folder.parent, os.W_OK)):
         folder = run.options.out / "teacher"
     folder = broadcast_object(folder)
-    files = [folder / f"{key}-{epoch:04}.features" for epoch in range(method.config.cache_epochs)]
+    used = min(method.config.cache_epochs, run.recipe.train.epochs)
+    files = [folder / f"{key}-{epoch:04}.features" for epoch in range(used)]
     missing: list[int] = broadcast_object([number for number, path in enumerate(files) if not path.is_file()])
     if missing:
         size = len(missing) * len(reader) * record.itemsize / 1e9

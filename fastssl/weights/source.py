@@ -24,6 +24,7 @@ from fastssl.evaluate.trained import Trained, checkpoints_of, load_trained
 from fastssl.models.backbones import create_backbone, plain_arch, read_header, resolve_arch
 from fastssl.pipelines.plan.draw import IMAGENET, Normalisation
 from fastssl.runs.checkpoint import INITIAL
+from fastssl.utils import addresses
 from fastssl.utils.yaml_file import shown
 from fastssl.weights.importing import Found, foreign_backbone, match
 from fastssl.weights.read import OwnCheckpoint, notes_of, read_foreign
@@ -54,6 +55,9 @@ def load_weights(source: str | Path, arch: str | None = None, which: str | None 
             without a value for each of the network's tensors.
     """
     text, wanted = str(source), None if arch is None else plain_arch(arch)
+    if not text or addresses.is_remote(text):
+        where = addresses.shown(text) or "no name"
+        raise FastSSLError(f"{where}: weights are read from this machine; name a copy of them here")
     if not _is_path(text):
         found = _from_timm(text if text.startswith(HUB) else _with_tag(text), which)
     else:
@@ -109,6 +113,9 @@ def _is_path(source: str) -> bool:
 
 def _from_path(path: Path, arch: str | None, which: str | None) -> Trained:
     """A run's, or one of another program."""
+    if not path.exists():
+        as_named = f"; of a repository of the hub give {HUB}{path}" if str(path).count("/") == 1 else ""
+        raise FastSSLError(f"{path}: no such file or folder{as_named}")
     if path.is_dir():
         laid_out = (path / "config.json").is_file() and not any(checkpoints_of(path).glob("last*"))
         return _from_timm(f"{FOLDER}{path}", which) if laid_out else load_trained(path, which)
@@ -118,7 +125,7 @@ def _from_path(path: Path, arch: str | None, which: str | None) -> Trained:
         return load_trained(path, which)
     arch = arch or notes_of(path).get("arch")
     if arch is None:
-        raise FastSSLError(f"{path}: does not say which network it holds; name it with --arch")
+        raise FastSSLError(f"{path}: does not say which network it holds; name it with --arch, or `fastssl import` it")
     backbone, matched, seen = foreign_backbone(path, tensors, arch, which=which)
     return Trained(backbone.eval(), plain_arch(matched.arch), "imported", None, path.name, normalisation=seen)
 

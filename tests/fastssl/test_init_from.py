@@ -158,7 +158,7 @@ def test_a_run_says_what_it_began_with_and_goes_on_without_it(
     command = arguments(beton, out, "--init-from", str(file))
     assert cli(command) == 0
     said = capsys.readouterr().err
-    assert "begins with theirs-1.safetensors (lcnet_035), which saw pictures with Normalisation(mean=(0.5, 0.25" in said
+    assert "begins with theirs-1.safetensors (lcnet_035), which saw pictures of mean (0.5, 0.25" in said
     config, summary = yaml.safe_load((out / "config.yaml").read_text()), json.loads((out / "summary.json").read_text())
     assert (config["recipe"], config["arch"], config["init_from"]["name"]) == ("adapt", ARCH, "theirs-1.safetensors")
     assert str(tmp_path) not in (out / "config.yaml").read_text()

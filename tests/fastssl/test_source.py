@@ -83,14 +83,14 @@ def test_files_of_other_programs(weights: Path, tmp_path: Path) -> None:
     found = load_weights(str(plain), ARCH)
     assert same(found.backbone, trained.backbone) and not found.backbone.training
     assert (found.arch, found.network, found.name, found.normalisation) == (ARCH, "imported", "plain.pth", IMAGENET)
-    assert line(plain) == f"{plain}: does not say which network it holds; name it with --arch"
+    assert line(plain) == f"{plain}: does not say which network it holds; name it with --arch, or `fastssl import` it"
     assert line(plain, arch="resnet18").startswith(f"{plain}: does not fit resnet18: ")
     export_backbone(trained, tmp_path / "export.safetensors")  # which says what it is
     assert (export := load_weights(str(tmp_path / "export.safetensors"))).normalisation == OWN
     assert same(export.backbone, trained.backbone) and export.arch == ARCH
     plain.write_bytes(plain.read_bytes()[:5000])
     assert "damaged" in line(plain, arch=ARCH)
-    assert line(tmp_path / "nothing.pth", arch=ARCH) == f"{tmp_path}/nothing.pth: no such file"
+    assert line(tmp_path / "nothing.pth", arch=ARCH) == f"{tmp_path}/nothing.pth: no such file or folder"
 
 
 def test_a_repository_of_the_hub_and_a_folder_laid_out_as_one(weights: Path, hub: Path, tmp_path: Path) -> None:
@@ -181,6 +181,10 @@ def test_no_weights_of_that_name() -> None:
     assert line("lcnet_035") == "lcnet_035: timm has no published weights of this network; give a file of your own"
     assert "unknown tag 'ra_in2k' of mobilenetv3_large (nearest: ra_in1k" in line("mobilenetv3_large.ra_in2k")
     assert line("lcnet_05").startswith("'lcnet_05': no such file or folder, and no weights of timm's: unknown network")
+    assert line("me/places") == "me/places: no such file or folder; of a repository of the hub give hf-hub:me/places"
+    assert line("a/b/c.pth") == "a/b/c.pth: no such file or folder"
+    assert line("s3://a/b.pth") == "s3://a/b.pth: weights are read from this machine; name a copy of them here"
+    assert line("").startswith("no name: weights are read")
 
 
 def test_efficientnet_pytorchs_names() -> None:

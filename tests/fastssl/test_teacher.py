@@ -71,7 +71,7 @@ def test_a_teacher_of_other_width_size_and_normalisation() -> None:
     ("changes", "line"),
     [
         ({"distill__teacher": "null"}, r"distill\.teacher is missing: --set distill\.teacher=\.\.\. names a run's"),
-        ({"distill__teacher": "nowhere.safetensors"}, "nowhere.safetensors: no such"),
+        ({"distill__teacher": "nowhere.safetensors"}, r"^distill\.teacher: nowhere\.safetensors: no such"),
         (
             {"distill__teacher": teacher_file("vit_tiny_patch16_224")},
             r"cannot take pictures of 40 px; try --set distill\.teacher_size=48",
@@ -139,6 +139,8 @@ def test_the_command_line_caches_and_refuses_it_of_other_methods(
     assert "first the teacher sees the views of 1 epoch, and fills 0.00 GB" in " ".join(capsys.readouterr().err.split())
     assert run("few-photos") == 1
     assert "distill.* has no effect with method: simclr" in capsys.readouterr().err
+    assert run("distill-few-photos", "distill.cache_epochs=3") == 2
+    assert "--cache-teacher and distill.cache_epochs say the same" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_that_crashed_goes_on_to_the_same_weights_and_refuses_another_teacher(
@@ -187,6 +189,11 @@ def test_what_was_said_of_other_views_is_not_taken(photos: Path, tmp_path: Path,
         run = ready(recipe, photos, tmp_path / str(len(given)), **given)
         run.close()
     assert len(kept(photos)) == 2
+
+
+def test_no_more_epochs_are_filled_than_the_run_has(photos: Path, tmp_path: Path) -> None:
+    ready(small(distill__cache_epochs=10**12, train__epochs=1), photos, tmp_path / "run").close()
+    assert len(kept(photos)) == 1
 
 
 def ready(recipe: Recipe, data: Path, out: Path, **given: object) -> Setup:
