@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from fastssl.cli.common import PlainConsole, SomePath, json_option, progress_bar, quiet_option, write_json
+from fastssl.cli.common import PlainConsole, SomePath, finite, json_option, progress_bar, quiet_option, write_json
 from fastssl.cli.evaluate import common
 from fastssl.cli.evaluate.common import COUNT, option, options
 from fastssl.errors import FastSSLError, counted
 
 _PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
+_COSINE: dict[str, Any] = {"type": click.FloatRange(0, 1, min_open=True), "callback": finite}
 
 
 @click.command()
@@ -44,7 +45,7 @@ def embed(checkpoint: Path, json_path: str | None, **how: Any) -> None:
 @option("--in", "What `fastssl embed` wrote.", variable="place", required=True, type=SomePath(), metavar="FEATURES")
 @option("--top", "How many of the nearest photos, or of pairs, are listed.", default=10, type=click.IntRange(1, 10_000))
 @option("--duplicates", "All photos that are nearly alike, in place of a QUERY.", is_flag=True)
-@option("--above", "Cosine from which on they are.", type=click.FloatRange(0, 1, min_open=True), default=0.95)
+@option("--above", "Cosine from which on they are.", default=0.95, **_COSINE)
 @option("--out", "Draw what was found: a .png; of duplicates an .html page.", type=SomePath(), metavar="FILE")
 @option("--weights", "Where the network that made FEATURES is now. Default: where it was.", type=SomePath())
 @option("--faiss", "Look with faiss, which holds all features in memory; the result is the same.", is_flag=True)

@@ -41,6 +41,10 @@ def open_features(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
         there = about["width"], columns["id"], len(columns["path"]), len(columns["label"])
         if not count or there != (width, list(range(count)), count, count):
             raise ValueError("they do not belong together")
+        made_from, names = about["made_from"], [*columns["path"], *columns["label"]]
+        texts = [about["network"], about["weights"], made_from["data"], made_from["weights"], *filter(None, names)]
+        if not all(isinstance(text, str) for text in texts) or not about["size"] > 0 < about["crop"]:
+            raise ValueError("damaged")
     except ModuleNotFoundError as error:
         raise FastSSLError(f"{path}: parquet needs pyarrow: pip install 'fastssl-vision[parquet]'") from error
     except (OSError, ValueError, TypeError, LookupError, EOFError, RecursionError, FastSSLError) as error:

@@ -162,8 +162,9 @@ def test_memory_is_for_a_tile_of_the_photos(tmp_path):
     rows[18, :1000] *= -1
     rows[17] = -rows[18]
     rows.flush()
+    made = {"network": "student", "weights": "1", "size": 32, "crop": 1.0, "made_from": {"data": "d", "weights": "w"}}
     columns = {"id": list(range(20_000)), "path": [None] * 20_000, "label": [None] * 20_000}
-    Path(tmp_path / "f.npy.json").write_text(json.dumps({"width": 5120, "columns": columns}))
+    Path(tmp_path / "f.npy.json").write_text(json.dumps({**made, "width": 5120, "columns": columns}))
     features, _ = open_features(tmp_path / "f.npy")
     assert features.dtype == torch.float16
     bar = Anonymous()
@@ -249,6 +250,10 @@ def test_a_runs_teacher_is_asked_where_it_made_the_features(made, capsys, tmp_pa
         lambda path, about: about["columns"]["path"].pop(),
         lambda path, about: about.pop("columns"),
         lambda path, about: about.clear(),
+        lambda path, about: about.update(made_from=5),
+        lambda path, about: about.update(network=None),
+        lambda path, about: about.update(size="x"),
+        lambda path, about: about["columns"]["path"].__setitem__(0, ["x"]),
         lambda path, about: path.unlink(),
     ],
 )
@@ -296,6 +301,7 @@ def test_wrong_usage(made, capsys, tmp_path):
     ):
         status, _, err = run(capsys, *options, "--in", made / "f.npy")
         assert status == 2 and words in err
+    assert run(capsys, "--duplicates", "--above", "nan", "--in", made / "f.npy")[0] == 2
 
 
 def test_one_photo_and_none(tmp_path):
