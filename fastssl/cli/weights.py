@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -210,7 +211,7 @@ def push(
     fastssl push runs/mine me/places --dry-run places
     fastssl push runs/mine me/places --private --license apache-2.0
     """
-    if (private and update) or name.count("/") != 1:
+    if (private and update) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise click.UsageError("a name is USER/NAME; --private is for a new repository, --update for one that is there")
 
     from fastssl.report.hub import upload, write_repo

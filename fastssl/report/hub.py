@@ -54,6 +54,9 @@ def model_card(run: RunRecord, trained: Trained, name: str, license: str | None,
     told = told.replace(run.config.get("val") or "\0", "other photos")
     photos, classes = counted(get(run.config, "data", "samples") or 0, "photo"), get(run.summary, "data", "classes")
     labels = f", of {counted(classes, 'class')}; labels were used to judge alone" if classes else ", without labels"
+    if began := get(run.config, "init_from", "name"):  # a file's name is the user's own
+        public = began.startswith("hf-hub:") or began.partition(".")[0] == run.config.get("arch")
+        labels += f". Training began with {began if public else 'other weights'}, whose licence holds, too"
     recipe = {field.name: run.config[field.name] for field in dataclasses.fields(Recipe) if field.name in run.config}
     return f"""---
 {header.to_yaml()}

@@ -235,7 +235,8 @@ def _follow(logger: str, name: str, folder: Path, settings: Values, end: Future[
                     store.add(kind, {key: value for key, value in named.items() if value is not None}, step)
         store.close(bool(end.result()))
     except BaseException as error:  # other people's packages: also what would end an interpreter
-        _drop(logger, f"failed ({type(error).__name__}: {error})", say)
+        ours = isinstance(error, FastSSLError)
+        _drop(logger, str(error) if ours else f"failed ({type(error).__name__}: {error})", say)
 
 
 def _figures(found: Values, folder: Path) -> Values:

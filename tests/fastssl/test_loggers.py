@@ -33,6 +33,7 @@ import os, signal, sys, time
 from pathlib import Path
 from small_run import Silent, options, small
 from fastssl.pretrain import pretrain
+from fastssl.errors import FastSSLError
 from fastssl.runs import loggers
 
 loggers._POLL_S = 0.05
@@ -287,6 +288,18 @@ def test_one_that_fails_or_hangs_is_told_once_and_holds_up_nobody(tmp_path: Path
         f"hanging: did not come to its end in time{end}",
     ]
     assert deadline.threads_given_up()
+
+
+def test_a_reason_of_our_own_is_told_as_it_is(tmp_path: Path, fakes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*given: object) -> None:
+        raise FastSSLError("nobody is logged in")
+
+    said: list[str] = []
+    write(tmp_path, step(1))
+    monkeypatch.setattr(Failing, "start", start)
+    with loggers.logging_to(["failing"], tmp_path, {}, said.append):
+        pass
+    assert said == ["failing: nobody is logged in; the run goes on without it, and metrics.jsonl has everything"]
 
 
 def test_unknown_and_missing_ones_end_a_run_before_it_begins(

@@ -39,6 +39,11 @@ def test_the_card_names_no_file_and_no_folder(run: Path) -> None:
     assert "judged on other photos, which" in card and "full_recipe: recipe.yaml" in card
     for private in ("secret", "patients", "photos.beton", "blue", "png", str(Path.home())):
         assert private not in card
+    for began in ("hf-hub:you/theirs", f"{record.config['arch']}.tag", "secret.pth"):
+        record.config["init_from"] = {"name": began}
+        card = model_card(record, load_trained(run), "me/places", None, [])
+        named = began.replace("secret.pth", "other weights")
+        assert f". Training began with {named}, whose licence holds, too." in card and "secret" not in card
     del record.summary["probe"], record.summary["verdict"]
     assert "| kNN |" not in model_card(record, load_trained(run), "me/places", None, [])
 
@@ -154,7 +159,7 @@ def test_without_a_network_or_with_a_wrong_name(
     assert call("push", run, "me/places") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fastssl: me/places: http://127.0.0.1:9: ConnectError")
-    assert call("push", run, "places") == 2
+    assert [call("push", run, name) for name in ("places", "/", "me/", "me/my places")] == [2] * 4
     assert call("push", run, "me/places", "--private", "--update") == 2
     assert call("push", tmp_path, "me/places") == 1
     assert "not a run directory" in capsys.readouterr().err
