@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,9 @@ from fastssl.errors import UsageError
 from fastssl.evaluate.embed import embed as write_features
 from fastssl.evaluate.features import silent
 from fastssl.evaluate.frozen import TRAINING, Frozen, require_linear
+from fastssl.evaluate.protocols import KNN_PROTOCOLS
 from fastssl.inputs import Told, Wanted, choose_inputs
+from fastssl.pipelines.engines.base import PIPELINES
 from fastssl.pretrain import RunOptions
 from fastssl.pretrain import pretrain as make_run
 from fastssl.runs.loggers import require_loggers
@@ -98,6 +100,8 @@ def pretrain(
     asked: dict[str, Any] = {"arch": arch, "recipe_name": recipe, "epochs": epochs, "batch_size": batch_size}
     first = None if init_from is None else os.fspath(init_from)
     wanted = Wanted(overrides=overrides, init_from=first, data=_place(data), val=_place(val), **asked, **where)
+    _one_of(PIPELINES, pipeline=pipeline)
+    out, log = _place(out), log.split(",") if isinstance(log, str) else log
     run = Path(out) if out is not None and resume != "never" else None
     with first_of_host_speaks():
         require_loggers(tuple(log))
@@ -136,11 +140,13 @@ def evaluate(
     asked.protocol = asked.protocol or ("dino" if kind == "knn" else "fast")
     if kind == "linear":
         require_linear(asked)
+    else:
+        _one_of(KNN_PROTOCOLS, protocol=asked.protocol)
     with open_session(os.fspath(weights), which=which, arch=arch, device=device) as session:
         frozen = Frozen(session, asked, silent, _warn)
         if kind == "linear":
             return frozen.linear()[1]
-        asked.ks = (asked.k,) if asked.k else ()
+        asked.ks = () if asked.k is None else (asked.k,)
         return frozen.knn()[1][0]
 
 
@@ -165,10 +171,16 @@ def export(
     """``fastssl export``, whose ``--help`` says what is written and how it is checked. ``data``: write int8, calibrated
     and judged on these photos; ``options``: ``size`` and ``input``.
     """
-    if format not in ENDINGS:
-        raise UsageError(f"format={format!r}: there are {', '.join(ENDINGS)}")
+    _one_of(ENDINGS, format=format)
+    _one_of(("raw", "normalised"), input=options.get("input") or "raw")
     int8 = None if data is None else Int8(_place(data), max_drop)
     return export_backbone(load_weights(os.fspath(weights), arch, which), Path(dst), format, int8=int8, **options)
+
+
+def _one_of(known: Iterable[str], **given: str) -> None:
+    """Raise UsageError for what is none of them."""
+    if strange := [f"{name}={value!r}" for name, value in given.items() if value not in known]:
+        raise UsageError(f"{strange[0]}: there are {', '.join(known)}")
 
 
 def _warn(text: str) -> None:

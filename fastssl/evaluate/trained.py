@@ -63,6 +63,8 @@ def load_trained(path: str | Path, which: str | None = None) -> Trained:
             network it names.
     """
     path = Path(path)
+    if which not in (None, *FILES):
+        raise FastSSLError(f"which={which!r}: there are {' and '.join(FILES)}")
     if from_folder := path.is_dir():
         folder = checkpoints_of(path)
         path = folder / FILES[which or "student"]

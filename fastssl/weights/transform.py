@@ -44,7 +44,8 @@ def transform(
     """For the network of ``load_weights``, by its run's ``size`` (pixels) and ``crop`` (of the short side)."""
     run = load_weights(os.fspath(weights), arch)
     # Where nobody says: the usual ones. The evaluation's own names would load what Windows does not have.
-    return Transform(ViewSpec.evaluation(size or run.size or 224, crop or run.crop or 0.875, run.normalisation))
+    size = run.size or 224 if size is None else size
+    return Transform(ViewSpec.evaluation(size, crop or run.crop or 0.875, run.normalisation))
 
 
 def _pixels(photo: Photo) -> np.ndarray:
