@@ -72,7 +72,6 @@ def quantised(
     with open_photos(int8.data) as reader:
         split = choose_split(reader, None, MOST, seed=0)
         index = np.sort(np.concatenate([split.bank_index, split.query_index]))
-        # Evenly spread, and so over the classes where photos stand in their order.
         places = np.linspace(0, len(index) - 1, min(CALIBRATION, len(index) // 2)).astype(np.int64)
         some, asked = index[places], np.delete(index, places)
 
@@ -91,5 +90,4 @@ def quantised(
         _, near = nearest_neighbors(before.features[::2], before.features[1::2], k=NEIGHBOURS)
         _, nearest = nearest_neighbors(after.features[::2], after.features[1::2], k=1)
         values = [100.0, 100 * float((near == nearest).any(dim=1).float().mean())]
-    count = len(asked) if split.labelled else len(asked) // 2
-    return run, Judged(split.obstacle, *values, count, len(some), size_bytes, took)
+    return run, Judged(split.obstacle, *values, len(asked) // (1 if split.labelled else 2), len(some), size_bytes, took)

