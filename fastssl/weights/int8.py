@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl.errors import FastSSLError, counted
 from fastssl.evaluate.features import Bar, Features, collect, silent
-from fastssl.evaluate.knn import knn_accuracy, nearest_neighbors
+from fastssl.evaluate.knn import knn_accuracies, nearest_neighbors
 from fastssl.evaluate.online_probe import choose_split
 from fastssl.evaluate.photos import open_photos
 from fastssl.pipelines.plan.draw import ViewSpec
@@ -30,6 +30,12 @@ class Int8:
     max_drop: float = 1.0
     bar: Bar = silent
 
+    def check(self) -> None:
+        """Raises FastSSLError: too few photos, or what ``open_photos`` raises."""
+        with open_photos(self.data) as reader:
+            if (count := len(reader)) < LEAST:
+                raise FastSSLError(f"{self.data}: {counted(count, 'photo')}; --int8 wants at least {LEAST}")
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -37,52 +43,51 @@ class Judged:
 
     Attributes:
         obstacle: why nearest photos judged; empty: kNN did. before, after: percent, of the float form and of int8.
-        bank, queries, calibration: how many photos. The queries are neither in the bank nor calibrate.
+        photos: how many were judged, each by all others (without labels: half of them, by the other half).
+        calibration: how many others calibrated.
     """
 
     obstacle: str
     before: float
     after: float
-    bank: int
-    queries: int
+    photos: int
     calibration: int
     float_size_bytes: int
     float_milliseconds: float | None
 
     def __str__(self) -> str:
         what = f"{self.obstacle}: nearest photo among {NEIGHBOURS} of the float form" if self.obstacle else "kNN"
-        return f"{what} {self.before:.1f} -> {self.after:.1f} % of {counted(self.queries, 'photo')}"
+        return f"{what} {self.before:.1f} -> {self.after:.1f} % of {counted(self.photos, 'photo')}"
 
 
 def quantised(
     int8: Int8, view: ViewSpec, run: Run, write: Callable[[Tensor], Run], size_bytes: int, took: float | None
 ) -> tuple[Run, Judged]:
-    """Write the int8 form and judge it. FastSSLError: too few photos, or what ``open_photos`` and ``write`` raise.
+    """Write the int8 form and judge it. FastSSLError: what ``open_photos`` and ``write`` raise.
 
     Args:
         view: of photos, as the file takes them. run: the float form. size_bytes, took: of its file.
         write: (N, 3, size, size) images to calibrate on -> the int8 form.
     """
     with open_photos(int8.data) as reader:
-        if (count := len(reader)) < LEAST:
-            raise FastSSLError(f"{int8.data}: {counted(count, 'photo')}; --int8 is calibrated and judged on {LEAST}")
         split = choose_split(reader, None, MOST, seed=0)
-        bank = split.bank_index
-        # Evenly spread over the bank, and so over its classes.
-        some = bank[np.linspace(0, len(bank) - 1, min(CALIBRATION, len(bank))).astype(np.int64)]
+        index = np.sort(np.concatenate([split.bank_index, split.query_index]))
+        places = np.linspace(0, len(index) - 1, min(CALIBRATION, len(index) // 2)).astype(np.int64)
+        some, asked = index[places], np.delete(index, places)
 
-        def features(run: Run, form: str, index: np.ndarray) -> Features:
-            with int8.bar(f"features, {form}", len(index)) as advance:
-                return collect(run, reader, view, indices=index, batch_size=32, progress=advance)
+        def features(run: Run, form: str) -> Features:
+            with int8.bar(f"features, {form}", len(asked)) as advance:
+                return collect(run, reader, view, indices=asked, batch_size=32, progress=advance)
 
-        before, queries = features(run, "float", bank), features(run, "float", split.query_index)
+        before = features(run, "float")
         images = collect(lambda views: views.flatten(1), reader, view, indices=some).features
         run = write(images.view(-1, 3, view.size, view.size))
-        after, asked = features(run, "int8", bank), features(run, "int8", split.query_index)
+        after = features(run, "int8")
     if split.labelled:
-        values = knn_accuracy(before, queries).accuracy, knn_accuracy(after, asked).accuracy
+        # A fifth as queries would be 400 photos: two points of chance, and int8 is refused for one.
+        values = [knn_accuracies(every, every, ks=[20], leave_one_out=True)[0].accuracy for every in (before, after)]
     else:
-        _, near = nearest_neighbors(before.features, queries.features, k=NEIGHBOURS)
-        _, nearest = nearest_neighbors(after.features, asked.features, k=1)
-        values = 100.0, 100 * float((near == nearest).any(dim=1).float().mean())
-    return run, Judged(split.obstacle, *values, len(bank), len(queries), len(some), size_bytes, took)
+        _, near = nearest_neighbors(before.features[::2], before.features[1::2], k=NEIGHBOURS)
+        _, nearest = nearest_neighbors(after.features[::2], after.features[1::2], k=1)
+        values = [100.0, 100 * float((near == nearest).any(dim=1).float().mean())]
+    return run, Judged(split.obstacle, *values, len(asked) // (1 if split.labelled else 2), len(some), size_bytes, took)

