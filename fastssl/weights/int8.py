@@ -90,6 +90,4 @@ def quantised(
         _, near = nearest_neighbors(before.features[::2], before.features[1::2], k=NEIGHBOURS)
         _, nearest = nearest_neighbors(after.features[::2], after.features[1::2], k=1)
         was, now = 100.0, 100 * float((near == nearest).any(dim=1).float().mean())
-    return run, Judged(
-        split.obstacle, was, now, len(asked) // (1 if split.labelled else 2), len(some), size_bytes, took
-    )
+    return run, Judged(split.obstacle, was, now, len(asked) // (2 - split.labelled), len(some), size_bytes, took)
