@@ -85,9 +85,9 @@ def quantised(
         after = features(run, "int8")
     if split.labelled:
         # A fifth as queries would be 400 photos: two points of chance, and int8 is refused for one.
-        values = [knn_accuracies(every, every, ks=[20], leave_one_out=True)[0].accuracy for every in (before, after)]
+        was, now = (knn_accuracies(each, each, ks=[20], leave_one_out=True)[0].accuracy for each in (before, after))
     else:
         _, near = nearest_neighbors(before.features[::2], before.features[1::2], k=NEIGHBOURS)
         _, nearest = nearest_neighbors(after.features[::2], after.features[1::2], k=1)
-        values = [100.0, 100 * float((near == nearest).any(dim=1).float().mean())]
-    return run, Judged(split.obstacle, *values, len(asked) // (1 if split.labelled else 2), len(some), size_bytes, took)
+        was, now = 100.0, 100 * float((near == nearest).any(dim=1).float().mean())
+    return run, Judged(split.obstacle, was, now, len(asked) // (2 - split.labelled), len(some), size_bytes, took)
