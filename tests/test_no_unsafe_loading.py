@@ -49,6 +49,7 @@ METHODS = {"extractall"}
 #: (file, call) that was looked at: why it is harmless
 KNOWN: dict[tuple[str, str], str] = {
     ("benchmarks/estimate/gauge.py", "extract"): "a function of its own that measures the extraction of features",
+    ("fastssl/weights/source.py", "a model from the network"): "timm reads safetensors, or torch's with weights_only",
 }
 
 

