@@ -322,7 +322,7 @@ def test_photos_without_labels_or_with_others(
 
 def test_no_such_checkpoint(capsys, beton: Path, tmp_path: Path) -> None:
     assert_one_line(
-        run(capsys, "finetune", tmp_path / "none.safetensors", "--data", beton, *QUICK), "no such checkpoint"
+        run(capsys, "finetune", tmp_path / "none.safetensors", "--data", beton, *QUICK), "no such file or folder"
     )
     assert_one_line(run(capsys, "finetune", tmp_path, "--data", beton, *QUICK), "no last.safetensors")
     assert_one_line(run(capsys, "finetune", tmp_path, "--head", "dino", "--data", beton, *QUICK), "last.pt")
