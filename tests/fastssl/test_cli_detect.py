@@ -362,7 +362,7 @@ def test_wrong_files(capsys, checkpoint, shapes, beton, tmp_path) -> None:
     status, _, err = run(capsys, checkpoint, "--data", voc, "--val", voc, *SMALL, "--masks")
     assert_one_line(status, err, "trainval.txt", "no masks")
     status, _, err = run(capsys, tmp_path / "none.safetensors", *files(shapes), *SMALL)
-    assert_one_line(status, err, "no such checkpoint")
+    assert_one_line(status, err, "no such file or folder")
 
 
 @pytest.mark.parametrize(
