@@ -13,6 +13,7 @@ from torch import nn
 
 import fastssl
 from fastssl.errors import FastSSLError
+from fastssl.models import backbones
 from fastssl.models.backbones import (
     SHORT_NAMES,
     create_backbone,
@@ -172,23 +173,23 @@ def test_saved_backbone_loads_as_a_timm_module(tmp_path: Path) -> None:
 def test_a_wrong_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     with pytest.raises(FastSSLError, match="no such checkpoint"):
-        fastssl.load_backbone(path)
+        backbones.load_backbone(path)
     path.write_bytes(b"not a checkpoint at all")
     with pytest.raises(FastSSLError, match=r"not a whole safetensors file.*comes in by `fastssl import`"):
-        fastssl.load_backbone(path)
+        backbones.load_backbone(path)
     save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(FastSSLError, match="no fastssl header"):
-        fastssl.load_backbone(path)
+        backbones.load_backbone(path)
     for header in ('{"arch": 5}', '["resnet18"]', "{", "{}", "[" * 100_000):
         save_file({"a": torch.zeros(1)}, str(path), metadata={"fastssl": header})
         with pytest.raises(FastSSLError, match="does not name a network"):
-            fastssl.load_backbone(path)
+            backbones.load_backbone(path)
     save_backbone(create_backbone("resnet18"), path, arch="resnet18")
     tensors = load_file(str(path))
     tensors.pop("conv1.weight")
     save_file(tensors, str(path), metadata={"format": "pt", "fastssl": '{"arch": "resnet18"}'})
     with pytest.raises(FastSSLError, match=r"conv1\.weight") as error:
-        fastssl.load_backbone(path)
+        backbones.load_backbone(path)
     assert "\n" not in str(error.value)
 
 
