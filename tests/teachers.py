@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def teacher_file(arch: str = "resnet10t", *, broken: bool = False) -> Path:
     """Another normalisation than ImageNet's, and BatchNorm statistics that are not those of a fresh network."""
     if _FOLDER not in os.environ:  # processes that this one starts find the same files
         os.environ[_FOLDER] = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
     path = Path(os.environ[_FOLDER]) / f"{arch}{'-broken' * broken}.safetensors"
     if path.is_file():
         return path
