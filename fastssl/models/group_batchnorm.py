@@ -48,15 +48,16 @@ class BatchNorms:
                 layer.norms, layer.number = self, number
             elif isinstance(layer, _BatchNorm) or "running_var" in layer._buffers:
                 self.complete = False
-        self.forget()
+        self.groups: int | None = None
+        self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}
 
     def __deepcopy__(self, memo: dict) -> BatchNorms:
         return self  # a copy of the network that computes in its place makes the same passes
 
     def forget(self) -> None:
         """No pass runs, and none is remembered."""
-        self.groups: int | None = None
-        self._taken: dict[int, list[tuple[GroupBatchNorm, int, Sequence[Tensor]]]] = {}  # no cycle outlives a pass
+        self.groups = None
+        self._taken.clear()  # no cycle outlives a pass, nor what a compiler notes of the dictionary while it traces
 
     def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor]) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""

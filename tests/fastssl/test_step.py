@@ -172,14 +172,18 @@ def test_compiled_networks_are_what_computes(monkeypatch: pytest.MonkeyPatch) ->
     assert "TORCH_COMPILE_DISABLE" in off.fallbacks["compile"]
 
 
+GROUPS = {"moco__split_bn_queries": 2, "moco__bn_by_view": "true"}
+
+
 @pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("groups", [{}, GROUPS], ids=["", "groups"])
 @pytest.mark.parametrize("switch", [None, "graph", "compile"])
 def test_a_dropped_step_is_freed_without_the_collector(
-    amp: bool, switch: str | None, monkeypatch: pytest.MonkeyPatch
+    amp: bool, groups: dict, switch: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU it would keep its graph's memory, up to all of it, from the next one."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda one, options, **how: real(one, backend="eager", **how))
+    real = torch.compile  # below Inductor; the "eager" backend keeps what an autograd.Function saved in every pass
+    monkeypatch.setattr(torch, "compile", lambda one, options, **how: real(one, backend="aot_eager", **how))
 
     def record(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """As CUDA, which keeps nothing of the call."""
@@ -191,7 +195,7 @@ def test_a_dropped_step_is_freed_without_the_collector(
     gc.disable()
     try:
         with torch._dynamo.config.patch(disable=False):
-            step = TrainStep(recipe("test_resnet", **changes), CPU, amp=amp, seed=0, record=record)
+            step = TrainStep(recipe("test_resnet", **changes, **groups), CPU, amp=amp, seed=0, record=record)
             step.check = True
             train(step, 2)
         assert not step.fallbacks or switch == "graph"  # a replay that does nothing is not the eager step
