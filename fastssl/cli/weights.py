@@ -106,8 +106,8 @@ def export(checkpoint: Path, dst: Path, format_: str, size: int | None, json_pat
     from fastssl.weights.source import load_weights
 
     trained = load_weights(checkpoint, how["arch"], how["which"])
-    if None not in (size, trained.size) and size != trained.size:
-        click.echo(f"--size {size}: the run itself was probed with {trained.size} (probe.size)", err=True)
+    if said := trained.differs("size", size):
+        click.echo(said, err=True)
     int8 = Int8(data, 1.0 if max_drop is None else max_drop, progress_bar) if how["int8"] else None
     done = export_backbone(trained, dst, format_, size=size, input=how["input_"], int8=int8)
     step = f", step {trained.step:,}" if trained.step is not None else ""

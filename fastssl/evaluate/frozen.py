@@ -169,8 +169,8 @@ def pictures(session: Session, asked: SimpleNamespace, say: Callable[[str], None
     found: dict[str, Any] = {"normalisation": session.trained.normalisation}
     for name, usual in (("size", features.EVALUATION_SIZE), ("crop", features.EVALUATION_CROP)):
         wanted, own = getattr(asked, name), getattr(session.trained, name)
-        if session.is_main and None not in (wanted, own) and wanted != own:
-            say(f"--{name} {wanted:g}: the run itself was probed with {own:g} (probe.{name})")
+        if session.is_main and (said := session.trained.differs(name, wanted)):
+            say(said)
         found[name] = wanted or own or usual
     return found
 

@@ -32,7 +32,8 @@ class Trained:
         network: ``student``, ``teacher``, or ``imported`` where the file says neither.
         step: how many steps it was trained; None where the file does not say.
         name: the checkpoint for people: at most the run's folder and the file, no path to it.
-        size, crop: with which its run was probed (``probe.size``, ``probe.crop``); None where no run is known.
+        size, crop: with which its run was probed (``probe.size``, ``probe.crop``), or what published weights say of
+            themselves; None where neither is known.
         normalisation: of the pictures that it was trained on; ImageNet's where neither file nor run says one.
     """
 
@@ -48,6 +49,15 @@ class Trained:
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
         return {"checkpoint": self.name, "arch": self.arch, "network": self.network, "step": self.step}
+
+    def differs(self, option: str, wanted: float | None) -> str:
+        """What to say of pictures of another ``size`` or ``crop`` than the network's own; empty: nothing."""
+        own = getattr(self, option)
+        if None in (wanted, own) or wanted == own:
+            return ""
+        run = self.network != "imported"
+        whose = f"the run itself was probed with {own:g} (probe.{option})" if run else f"these weights say {own:g}"
+        return f"--{option} {wanted:g}: {whose}"
 
 
 def load_trained(path: str | Path, which: str | None = None) -> Trained:

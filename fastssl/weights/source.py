@@ -162,8 +162,16 @@ def _from_timm(source: str, which: str | None) -> Trained:
 @contextmanager
 def _in_one_line(source: str) -> Iterator[None]:
     """What timm and the hub's library say in many lines, and in an error of any kind."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
 
+    offline = constants.HF_HUB_OFFLINE
+    if not source.startswith(FOLDER):
+        try:  # once: without a network the library would ask for every file five times, for most of a minute
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # of whatever library makes its requests: what is in the cache is there without them
+            constants.HF_HUB_OFFLINE = True
     speaker = logging.getLogger("huggingface_hub")
     level = speaker.level
     speaker.setLevel(logging.ERROR)  # a line for each of ten tries without a network
@@ -176,3 +184,4 @@ def _in_one_line(source: str) -> Iterator[None]:
         raise FastSSLError(f"{source}: {said}") from error
     finally:
         speaker.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
