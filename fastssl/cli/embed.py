@@ -78,6 +78,11 @@ def search(ctx: click.Context, query: Path | None, place: Path, out: Path | None
     def words(row: int) -> str:
         return (paths[row] or f"photo {row}") + (f" ({labels[row]})" if labels[row] else "")
 
+    def below(row: int) -> str:
+        """The same for the little room below a picture."""
+        name = (paths[row] or str(row)).rsplit("/", 1)[-1]
+        return f"{labels[row]} ({name})" if labels[row] else name
+
     with ExitStack() as opened:
         photos = opened.enter_context(open_photos(made_from["data"]))[0] if out else None
         if photos is not None and len(photos) != len(features):
@@ -90,7 +95,7 @@ def search(ctx: click.Context, query: Path | None, place: Path, out: Path | None
             lines = [f"{like:.4f} {words(row)}" for like, row in found]
             record |= {"query": query.name, "nearest": [(like, row, words(row)) for like, row in found]}
             if photos:
-                cells = [(photos, row, f"{like:.4f} {words(row).rsplit('/', 1)[-1]}") for like, row in found]
+                cells = [(photos, row, f"{like:.2f} {below(row)}") for like, row in found]
                 sheet([(query.name, [(photo, 0, "")]), ("nearest photos", cells)], out)
         else:
             count, pairs, groups = find_duplicates(features, how["above"], how["top"], how["device"], progress_bar, by)
@@ -99,6 +104,6 @@ def search(ctx: click.Context, query: Path | None, place: Path, out: Path | None
             lines = [*(f"{like:.4f} {words(one)} {words(other)}" for like, one, other in pairs), title]
             record |= {"above": how["above"], "pairs": count, "most_alike": pairs, "groups": groups}
             if photos and out:
-                duplicates_page(title, [[(photos, row, words(row)) for row in group] for group in groups], out)
+                duplicates_page(title, [[(photos, row, below(row)) for row in group] for group in groups], out)
     PlainConsole(stderr=how["json_path"] == "-").say("\n".join(lines))
     write_json(how["json_path"], record)

@@ -62,7 +62,9 @@ def sheet(blocks: Sequence[tuple[str, Sequence[tuple[Photos, int, str]]]], out: 
 
 def duplicates_page(title: str, groups: Sequence[Sequence[tuple[Photos, int, str]]], out: Path) -> None:
     """Write a page of photos that are nearly alike: of the first fifty groups the first ten each."""
-    sheet([(counted(len(group), "photo"), group[:10]) for group in groups[:50]]).save(png := io.BytesIO(), "PNG")
+    title += ": the first fifty" if len(groups) > 50 else ""
+    heads = [counted(len(group), "photo") + (", ten of them" if len(group) > 10 else "") for group in groups[:50]]
+    sheet([(head, group[:10]) for head, group in zip(heads, groups)]).save(png := io.BytesIO(), "PNG")
     page = to_html(title, [Heading(title, 1), Picture("groups.png", "groups of photos", png.getvalue())])
     write_atomically(out, lambda path: path.write_text(page, "utf-8", "backslashreplace"))
 
