@@ -138,6 +138,7 @@ _BY_GROUP: dict[type, type] = {
     kind: type(f"Group{kind.__name__}", (GroupBatchNorm, kind), {})
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 }
+globals().update({kind.__name__: kind for kind in _BY_GROUP.values()})  # where pickle looks for them
 
 
 def ordinary_batchnorm(network: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -268,6 +269,12 @@ def test_outside_of_a_pass_and_in_evaluation_the_layers_are_plain() -> None:
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(pictures(4), groups=2), network(pictures(4)))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_network_in_training_can_be_pickled() -> None:
+    network = encoder()
+    loaded = pickle.loads(pickle.dumps(network))
+    torch.testing.assert_close(loaded(pictures(4), groups=2), network(pictures(4), groups=2))
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:
