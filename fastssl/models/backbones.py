@@ -6,6 +6,7 @@ do: for MobileNet-V3-Large 1280, after ``conv_head`` and its activation, not the
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -129,6 +130,22 @@ def create_backbone(
 def resizes_positions(arch: str) -> bool:
     """Whether it is made with ``dynamic_img_size``, without which timm's vision transformers take only one size."""
     return arch.startswith(("vit_", "deit"))
+
+
+@torch.no_grad()
+def of_one_size(backbone: nn.Module, size: int) -> nn.Module:
+    """The same network for pictures of ``size`` alone, without the interpolation of its position embedding, which
+    exported would run with every picture, and not everywhere can; itself where there is none. Raises whatever the
+    network raises for a size that it does not take.
+    """
+    if not getattr(backbone, "dynamic_img_size", False):
+        return backbone
+    backbone(torch.zeros(1, 3, size, size))  # a size that its patches do not divide is refused; below it is cut
+    resized = copy.deepcopy(backbone)
+    resized.set_input_size(img_size=size)  # type: ignore[operator]
+    fixed = timm.create_model(backbone.pretrained_cfg["architecture"], num_classes=0, img_size=size)  # type: ignore
+    fixed.load_state_dict(resized.state_dict())
+    return fixed.train(backbone.training)
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from typing import Any
 from fastssl.errors import FastSSLError
 from fastssl.evaluate.features import EVALUATION_CROP
 from fastssl.evaluate.trained import Trained
-from fastssl.models.backbones import feature_dim
+from fastssl.models.backbones import feature_dim, of_one_size
 from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.weights.int8 import Int8, quantised
-from fastssl.weights.runtimes import INPUT, OUTPUT, PIXELS, FromPixels, milliseconds
+from fastssl.weights.runtimes import INPUT, OUTPUT, PIXELS, FromPixels, milliseconds, refused
 from fastssl.weights.to_coreml import write_coreml
 from fastssl.weights.to_executorch import write_executorch
 from fastssl.weights.to_onnx import check_features, fused, write_onnx
@@ -53,6 +53,8 @@ def write_phone(
     input, seen, reference = input or usual, trained.normalisation, trained.backbone
     network = merged if (merged := fused(reference, size=size)) is not None else reference
     tensors = len(network.state_dict())
+    with refused(trained.arch, format, size):
+        network = of_one_size(network, size)
     if input == "raw":
         reference, network, seen = FromPixels(reference, seen), FromPixels(network, seen), PIXELS
     view = ViewSpec.evaluation(size, trained.crop or EVALUATION_CROP, seen)

@@ -106,8 +106,6 @@ def write_onnx(
 ) -> Run:
     """Write ``path`` and load it with onnxruntime.
 
-    Torch's older exporter (``dynamo=False``) cannot express the antialiased resize of a vision transformer's positions.
-
     Args:
         network: in plain layout: channels-last would put a transposition around every convolution.
         about: into the file's metadata. size: side of the images that the file will take.

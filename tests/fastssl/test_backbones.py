@@ -19,6 +19,7 @@ from fastssl.models.backbones import (
     create_backbone,
     feature_dim,
     load_backbone,
+    of_one_size,
     plain_arch,
     read_header,
     resolve_arch,
@@ -269,3 +270,17 @@ def test_a_header_that_names_no_network_is_one_short_line(tmp_path: Path) -> Non
     with pytest.raises(FastSSLError, match=r"unknown network 'xxx.*\.\.\.") as error:
         load_backbone(path)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("size", [96, 224])
+def test_a_vision_transformer_for_one_size_gives_the_same_features(size: int) -> None:
+    network, pictures = create_backbone("vit_tiny").eval(), torch.randn(2, 3, size, size)
+    fixed = of_one_size(network, size)
+    assert not fixed.training and not fixed.dynamic_img_size and network.dynamic_img_size
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(pictures), network(pictures), rtol=0, atol=1e-5)
+        with pytest.raises(AssertionError):
+            fixed(torch.randn(1, 3, size + 16, size + 16))
+        with pytest.raises(AssertionError, match="divisible"):
+            of_one_size(network, size + 2)
+    assert of_one_size(plain := create_backbone("resnet10t"), size) is plain

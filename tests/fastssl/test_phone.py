@@ -100,7 +100,9 @@ def pte_fused(name: str, fused: bool, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fused"), [("repvit_m0_9", True), ("mobileone_s0", True)])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("repvit_m0_9", True), ("mobileone_s0", True), ("vit_tiny_patch16_224", False)]
+)
 def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     ended = in_child(pte_fused, name, fused, tmp_path, seconds=600)
