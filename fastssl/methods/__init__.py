@@ -4,6 +4,7 @@ from fastssl.methods.base import Method
 from fastssl.methods.dino import DINO, DINOConfig
 from fastssl.methods.distill import Distill, DistillConfig
 from fastssl.methods.moco import MoCo, MoCoConfig
+from fastssl.methods.resa import ReSA, ReSAConfig
 from fastssl.methods.simclr import SimCLR, SimCLRConfig
 from fastssl.methods.swav import SwAV, SwAVConfig
 
@@ -13,7 +14,20 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "dino": (DINO, DINOConfig),
     "swav": (SwAV, SwAVConfig),
     "simclr": (SimCLR, SimCLRConfig),
+    "resa": (ReSA, ReSAConfig),
     "distill": (Distill, DistillConfig),
 }
 
-__all__ = ["DINO", "METHODS", "DINOConfig", "MoCo", "MoCoConfig", "SimCLR", "SimCLRConfig", "SwAV", "SwAVConfig"]
+__all__ = [
+    "DINO",
+    "METHODS",
+    "DINOConfig",
+    "MoCo",
+    "MoCoConfig",
+    "ReSA",
+    "ReSAConfig",
+    "SimCLR",
+    "SimCLRConfig",
+    "SwAV",
+    "SwAVConfig",
+]

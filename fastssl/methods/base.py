@@ -278,8 +278,9 @@ class Method(nn.Module):
         self.teacher = student.as_teacher() if self.HAS_TEACHER else None
         keep_less(student)  # the teacher's activations, without gradient, stay in place
         if self.teacher is not None:
-            self._student_parameters: list[Tensor] = list(self.student.parameters())
-            self._teacher_parameters: list[Tensor] = list(self.teacher.parameters())
+            moved = dict(self.teacher.named_parameters())  # of a head that it does not have, none
+            self._student_parameters: list[Tensor] = [p for name, p in student.named_parameters() if name in moved]
+            self._teacher_parameters: list[Tensor] = list(moved.values())
         self.set_forward_modules(*self.networks)
 
     @property

@@ -16,6 +16,7 @@ from fastssl.cli import main
 from fastssl.config.recipe import load_recipe, recipe_names
 from fastssl.methods import METHODS
 from fastssl.models.backbones import create_backbone, load_backbone, save_backbone
+from fastssl.pipelines.plan.multicrop import MultiCrop
 from fastssl.training import trainer
 from fastssl.training.setup import Setup
 
@@ -25,6 +26,7 @@ QUICK = (
     "light-moco-mobilenetv3",
     "dino-mobilenetv2-baseline",
     "swav-mobilenetv2-baseline",
+    "resa-mobilenetv3",
     "distill-few-photos",
 )
 #: What makes a recipe small. The number of views, the pair weights, the optimiser and the schedules stay its own.
@@ -47,6 +49,7 @@ SMALLER = {
         "swav.projector.out=16",
     ],
     "simclr": ["simclr.neighbors=5", "simclr.projector.hidden=16"],
+    "resa": ["resa.projector.hidden=16", "resa.projector.out=16"],
     "distill": [
         f"distill.teacher={teacher_file()}",
         "distill.teacher_size=40",
@@ -58,7 +61,9 @@ SMALLER = {
 
 def command(name: str, beton: Path, out: Path) -> list[str]:
     recipe = load_recipe(name)
-    sizes = ["views.0.size=32"] if len(recipe.views) == 1 else ["views.global_size=32", "views.local_size=16"]
+    sizes = [f"views.{number}.size=32" for number in range(len(recipe.views))]
+    if isinstance(recipe.views, MultiCrop):
+        sizes = ["views.global_size=32", "views.local_size=16"]
     overrides = [*ALWAYS, *SMALLER[recipe.method], *sizes]
     if recipe.method == "moco" and recipe.moco.split_bn > 1:
         overrides.append("moco.split_bn=2")
@@ -140,6 +145,7 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
         "swav-mobilenetv2-sslight",
         "moco-mobilenetv2-sslight",
         "simclr-mobilenetv3",
+        "resa-mobilenetv3",
         "distill-mobilenetv3",
     ],
 )

@@ -17,13 +17,15 @@ from fastssl.training.step import TrainStep
 
 #: A network of which no sample sees another, and drop path.
 ALONE = {"arch": "test_vit", "drop_path": 0.5, "optim.name": "sgd"}
-CASES = ["moco, one-sided", "dino", "swav", "simclr, local views", "distill, local views"]
+CASES = ["moco, one-sided", "dino", "swav", "simclr, local views", "resa, local views", "distill, local views"]
 
 
 def recipe_of(case: str, parts: int = 1, *, alone: bool = True, **changes: object):
     name = case.partition(",")[0]
     head = "head" if name == "distill" else "projector"
     own = {**ALONE, f"{name}.{head}.norm": "false"} if alone else {"optim.name": "sgd"}
+    if alone and name == "resa":
+        own |= {"resa.projector.norm_out": "false", "resa.predictor": "false"}
     return multicrop(case, **own, **changes, **{"train.accumulate": parts})
 
 

@@ -30,6 +30,7 @@ _LIGHT = {
     "swav": {"swav.prototypes": "12", "swav.projector.hidden": "16", "swav.projector.out": "8"},
     "moco": {"moco.projector.hidden": "16", "moco.projector.out": "8"},
     "simclr": {"simclr.projector.hidden": "16", "simclr.projector.out": "8"},
+    "resa": {"resa.projector.hidden": "16", "resa.projector.out": "8"},
     "distill": {"distill.head.hidden": "16"},
 }
 FROZEN = FrozenTeacher(TinyBackbone(), None, given=IMAGENET, seen=IMAGENET, about={})

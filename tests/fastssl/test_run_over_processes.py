@@ -57,6 +57,10 @@ RUNS = {
         "dino-mobilenetv2-sslight",
         [*_CROPS, "dino.out=48", "dino.projector.hidden=32", "dino.projector.out=16"],
     ),
+    "resa": (
+        "resa-mobilenetv3",
+        ["views.0.size=32", "views.1.size=32", "resa.projector.hidden=32", "resa.projector.out=16"],
+    ),
     "distill": (
         "distill-mobilenetv3",
         [

@@ -592,6 +592,10 @@ METHODS = {
         "simclr-mobilenetv3",
         {"views.preset": "sslight-cnn", "simclr.neighbors": 5, "simclr.projector.hidden": 16},
     ),
+    "resa, local views": (
+        "resa-mobilenetv3",
+        {"views.preset": "sslight-cnn", "resa.projector.hidden": 16, "resa.projector.out": 16},
+    ),
     "distill, local views": (
         "distill-mobilenetv3",
         {

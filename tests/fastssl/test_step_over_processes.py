@@ -96,6 +96,10 @@ CASES = {
             "simclr.smoothing_schedule": "constant",
         },
     ),
+    "resa, local views": (
+        "resa-mobilenetv3",
+        {"views.preset": "sslight-cnn", **MULTICROP, "resa.projector.hidden": 16, "resa.projector.out": 16},
+    ),
     "distill, standardised": (
         "distill-mobilenetv3",
         {
@@ -116,6 +120,7 @@ OWN = [
     "moco, symmetric, local views, one group",
     "dino, drop path, weight decay that changes",
     "simclr, smoothed",
+    "resa, local views",
     "distill, standardised",
 ]
 
