@@ -33,7 +33,7 @@ from torch import Tensor
 @torch.no_grad()
 def sinkhorn(
     scores: Tensor,
-    epsilon: float = 0.05,
+    epsilon: Tensor | float = 0.05,
     iterations: int = 3,
     all_reduce: Callable[[Tensor], Tensor] = lambda share: share,
     ranks: int = 1,

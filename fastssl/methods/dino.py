@@ -7,6 +7,9 @@ SSLight, arXiv 2210.02808.
     Q_v = softmax(student(x_v) / tau_s)                   v in all views
     pair(g, v) = - mean_b sum_k P_g[k] log Q_v[k]         g != v
     after the step:  centre <- 0.9 centre + 0.1 mean of the teacher's logits;  teacher <- m teacher + (1 - m) student
+
+With ``centering: sinkhorn`` (DINOv2, Oquab et al., arXiv 2304.07193, after SwAV) P of both global views of all photos
+is made to use all K outputs evenly, in place of the centre.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.distributed.collectives import all_reduce_mean
+from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, world_size
 from fastssl.losses.pairs import reduce_pairs, split_pairs
+from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
 from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views
 from fastssl.models.backbones import feature_dim
@@ -42,6 +46,7 @@ class DINOConfig(MethodConfig):
         teacher_temperature: tau_t after its warm-up.
         warmup_teacher_temperature: tau_t in the first epoch.
         warmup_teacher_epochs: epochs over which it rises.
+        centering: ``mean``: the centre; ``sinkhorn``: three rounds of ``losses.sinkhorn`` of the step's photos.
         center_momentum: of the centre.
         momentum: of the teacher.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
@@ -55,6 +60,7 @@ class DINOConfig(MethodConfig):
     teacher_temperature: Positive = 0.07
     warmup_teacher_temperature: Positive = 0.04
     warmup_teacher_epochs: Natural = 50
+    centering: Literal["mean", "sinkhorn"] = "mean"
     center_momentum: Share = 0.9
     momentum: Share = 0.996
     momentum_schedule: MomentumSchedule = "cosine"
@@ -114,7 +120,10 @@ class DINO(Method):
     def targets(self, images: Sequence[Tensor], noise: Mapping[str, Tensor], rates: Rates) -> tuple[Tensor, ...]:
         """The teacher's logits and probabilities for the global views, (2 B, K) float32 both."""
         logits = self.teach(images[0][: self.teacher_views * self.views.batch_size])
-        return logits, teacher_probabilities(logits, self.center, rates["teacher_temperature"])
+        temperature = rates["teacher_temperature"]
+        if self.config.centering == "sinkhorn":
+            return logits, sinkhorn(logits, temperature, all_reduce=all_reduce_sum, ranks=world_size())
+        return logits, teacher_probabilities(logits, self.center, temperature)
 
     def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
         logits = embeddings.unflatten(0, (self.views.count, -1))
@@ -130,5 +139,7 @@ class DINO(Method):
     @torch.no_grad()
     def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:
         """Move the centre towards the mean of the teacher's logits over both global views of all ranks."""
+        if self.config.centering != "mean":
+            return
         mean = all_reduce_mean(targets[0].unflatten(0, (2, -1)).mean((0, 1)))
         self.center.lerp_(mean, 1 - self.config.center_momentum)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_twins import dense_sinkhorn
 from tiny import B, TinyBackbone, images
 from torch import Tensor
 from torch.nn import functional
@@ -49,6 +50,16 @@ def test_loss_is_the_weighted_mean_over_pairs() -> None:
     torch.testing.assert_close(
         plain(views, plain.targets(views, {}, RATES), RATES).loss, torch.stack(list(pairs.values())).mean()
     )
+
+
+def test_sinkhorn_in_place_of_the_centre() -> None:
+    method, views = make(replace(SMALL, centering="sinkhorn")), batch()
+    with torch.no_grad():
+        wanted = dense_sinkhorn(method.teacher(views[0]), 0.05, 3)
+    logits, found = method.targets(views, {}, RATES)
+    torch.testing.assert_close(found, wanted)
+    method.after_step((logits, found), (logits, logits), RATES)
+    assert not method.center.any()
 
 
 def test_collapse_reads_as_ln_k() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_twins import dense_sinkhorn
 from tiny import TWO, B, TinyBackbone, images
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,23 +37,13 @@ def make(config: ReSAConfig = SMALL, weights: PairWeights = TWO) -> ReSA:
     return method
 
 
-def textbook_sinkhorn(scores: Tensor, epsilon: float, rounds: int) -> Tensor:
-    """Q as in the paper: a row for each column of ``scores``."""
-    q = torch.exp(scores / epsilon).T
-    q = q / q.sum()
-    for _ in range(rounds):
-        q = q / q.sum(1, keepdim=True) / len(q)
-        q = q / q.sum(0, keepdim=True) / len(q)
-    return (q * len(q)).T
-
-
 def written_out(method: ReSA, views: list[Tensor]) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
     """(assignment, loss of each pair (target, view)); a pass for each view, the sums sample by sample."""
     out, tau = method.config.projector.out, method.config.temperature
     student = [method.student(view) for view in views]
     with torch.no_grad():
         teacher = [method.teacher(view) for view in views[:2]]
-        assigned = textbook_sinkhorn(student[0][:, out:] @ teacher[0][:, out:].T, 0.05, 3)
+        assigned = dense_sinkhorn(student[0][:, out:] @ teacher[0][:, out:].T, 0.05, 3)
     pairs = {}
     for g, wanted in enumerate(teacher):
         for v, found in enumerate(student):

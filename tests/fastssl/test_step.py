@@ -568,6 +568,10 @@ def test_a_recorded_step_colours_the_crops_it_is_given(beton) -> None:
 METHODS = {
     "moco, one-sided": ("moco-mobilenetv2-sslight", {"moco.queue": 32, "moco.projector.hidden": 16}),
     "dino": ("dino-mobilenetv2-sslight", {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16}),
+    "dino, sinkhorn": (
+        "dino-mobilenetv2-sslight",
+        {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16, "dino.centering": "sinkhorn"},
+    ),
     "dino, ViT": (
         "dino-vit_tiny-sslight",
         {

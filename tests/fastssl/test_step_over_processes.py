@@ -65,6 +65,16 @@ CASES = {
         "dino-mobilenetv2-sslight",
         {**MULTICROP, "dino.out": 48, "dino.projector.hidden": 16, "dino.projector.out": 16},
     ),
+    "dino, sinkhorn": (
+        "dino-mobilenetv2-sslight",
+        {
+            **MULTICROP,
+            "dino.out": 48,
+            "dino.projector.hidden": 16,
+            "dino.projector.out": 16,
+            "dino.centering": "sinkhorn",
+        },
+    ),
     "dino, drop path, weight decay that changes": (
         "dino-vit_tiny-sslight",
         {
@@ -118,6 +128,7 @@ CASES = {
 #: What the papers' steps are not held to over two processes, see test_reference_steps.py.
 OWN = [
     "moco, symmetric, local views, one group",
+    "dino, sinkhorn",
     "dino, drop path, weight decay that changes",
     "simclr, smoothed",
     "resa, local views",
