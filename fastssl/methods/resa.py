@@ -131,18 +131,20 @@ class ReSA(Method):
 
 
 def _similar(embeddings: Tensor, wanted: Tensor, views: int, temperature: float) -> Tensor:
-    """(V N, D) and (2 M, D) -> (2, V, N, M): by the temperature divided cosines of each view with each target."""
+    """(V N, D) and (2 M, D) -> (2, V, N, M): cosines of each view with each target, divided by the temperature."""
     with torch.autocast(embeddings.device.type, enabled=False):
-        found = torch.einsum("vnd,gmd->gvnm", embeddings.unflatten(0, (views, -1)), wanted.unflatten(0, (2, -1)))
-        return found / temperature
+        first, second = embeddings.unflatten(0, (views, -1)), wanted.unflatten(0, (2, -1))
+        found: Tensor = torch.einsum("vnd,gmd->gvnm", first, second)
+    return found / temperature
 
 
 def _cross_entropy(assigned: Tensor, logits: Tensor) -> Tensor:
     """(N, M), whose rows need not sum to one, and (2, V, N, M) -> (2, V)."""
-    return (torch.logsumexp(logits, -1) * assigned.sum(-1) - (logits * assigned).sum(-1)).mean(-1)
+    losses: Tensor = torch.logsumexp(logits, -1) * assigned.sum(-1) - (logits * assigned).sum(-1)
+    return losses.mean(-1)
 
 
 def _entropy(assigned: Tensor) -> Tensor:
     """The least that ``_cross_entropy`` can be."""
-    total = assigned.sum(-1)
-    return (torch.special.entr(assigned).sum(-1) - torch.special.entr(total)).mean()
+    least: Tensor = torch.special.entr(assigned).sum(-1) - torch.special.entr(assigned.sum(-1))
+    return least.mean()
