@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import FastSSLError
 from fastssl.losses.pairs import PairWeights
-from fastssl.methods import METHODS, DINOConfig, MoCoConfig, ReSAConfig, SimCLRConfig, SwAVConfig
+from fastssl.methods import METHODS, DINOConfig, EMPSSLConfig, MoCoConfig, ReSAConfig, SimCLRConfig, SwAVConfig
 from fastssl.methods.base import MethodConfig
 from fastssl.methods.distill import DistillConfig
 from fastssl.optim.optimizers import OptimConfig
@@ -146,8 +146,8 @@ class Recipe:
 
     Attributes:
         arch: the network the recipe was made for; ``--arch`` may put another in its place.
-        method: ``moco``, ``dino``, ``swav``, ``simclr``, ``resa`` or ``distill``; its numbers stand in the section of
-            that name, and no other section may be given.
+        method: ``moco``, ``dino``, ``swav``, ``simclr``, ``resa``, ``empssl`` or ``distill``; its numbers stand in the
+            section of that name, and no other section may be given.
         init: ``timm`` (what the network's definition there does) or ``kaiming`` (``models.backbones.kaiming_init``).
         zero_init_residual: begin with every residual block as the identity
             (``models.backbones.zero_residual_branches``).
@@ -173,6 +173,7 @@ class Recipe:
     swav: SwAVConfig = field(default_factory=SwAVConfig)
     simclr: SimCLRConfig = field(default_factory=SimCLRConfig)
     resa: ReSAConfig = field(default_factory=ReSAConfig)
+    empssl: EMPSSLConfig = field(default_factory=EMPSSLConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

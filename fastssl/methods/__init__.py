@@ -3,6 +3,7 @@
 from fastssl.methods.base import Method
 from fastssl.methods.dino import DINO, DINOConfig
 from fastssl.methods.distill import Distill, DistillConfig
+from fastssl.methods.empssl import EMPSSL, EMPSSLConfig
 from fastssl.methods.moco import MoCo, MoCoConfig
 from fastssl.methods.resa import ReSA, ReSAConfig
 from fastssl.methods.simclr import SimCLR, SimCLRConfig
@@ -15,13 +16,16 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "swav": (SwAV, SwAVConfig),
     "simclr": (SimCLR, SimCLRConfig),
     "resa": (ReSA, ReSAConfig),
+    "empssl": (EMPSSL, EMPSSLConfig),
     "distill": (Distill, DistillConfig),
 }
 
 __all__ = [
     "DINO",
+    "EMPSSL",
     "METHODS",
     "DINOConfig",
+    "EMPSSLConfig",
     "MoCo",
     "MoCoConfig",
     "ReSA",

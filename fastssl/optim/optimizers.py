@@ -23,8 +23,9 @@ class OptimConfig:
         lr: peak rate at ``lr_batch`` samples a step; scaled linearly with the batch.
         lr_batch: 256 by convention; 0: ``lr`` is taken as it is.
         momentum: of SGD and LARS.
-        nesterov: of SGD: look ahead along the momentum (Sutskever et al. 2013), in torch's form.
+        nesterov: of SGD and LARS: look ahead along the momentum (Sutskever et al. 2013), in torch's form.
         trust: of LARS: the step of a tensor as a share of its norm, before the rate.
+        trust_clip: of LARS: the share is the step itself, and the rate of SGD its bound.
         weight_decay: on every tensor but those that the next two leave out.
         decay_1d: also on 1-D tensors (biases, norms): MoCo's code decays everything; most recipes for small networks do
             not.
@@ -48,6 +49,7 @@ class OptimConfig:
     momentum: BelowOne = 0.9
     nesterov: Switch = False
     trust: Positive = 0.001
+    trust_clip: Switch = False
     weight_decay: NotNegative = 1e-4
     decay_1d: Switch = True
     decay_depthwise: Switch = True
@@ -62,8 +64,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.warmup_lr is not None and (self.per_epoch or not self.warmup_epochs):
             raise ValueError("warmup_lr needs warmup_epochs, and a rate that changes every step (per_epoch: false)")
-        if self.nesterov and (self.name != "sgd" or not self.momentum):
-            raise ValueError("nesterov needs optim.name: sgd with momentum")
+        if self.nesterov and (self.name == "adamw" or not self.momentum):
+            raise ValueError("nesterov needs optim.name: sgd or lars, with momentum")
+        if self.trust_clip and self.name != "lars":
+            raise ValueError("trust_clip needs optim.name: lars")
 
     def peak_lr(self, batch_size: int) -> float:
         """The rate after warm-up for ``batch_size`` samples a step (of all ranks together)."""
@@ -143,15 +147,25 @@ class LARS(torch.optim.Optimizer):
 
         d      <- trust * |p| / |d| * d        for tensors of two or more dimensions; as it is where either norm is zero
         buffer <- momentum * buffer + d
-        p      <- p - lr * buffer
+        p      <- p - lr * buffer              with nesterov lr * (d + momentum * buffer)
 
-    Biases and norms (one dimension) take the plain step. No norm is read by the host. ``lr`` may be a tensor with one
-    element on the parameters' device.
+    With ``clip`` (LARC, as solo-learn's code has it) d is scaled by ``trust * |p| / (|grad| + weight_decay * |p|) /
+    lr`` or by 1, whichever is less. Biases and norms (one dimension) take the plain step. No norm is read by the host.
+    ``lr`` may be a tensor with one element on the parameters' device.
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor, *, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001
+        self,
+        params: Any,
+        lr: float | Tensor,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+        clip: bool = False,
+        nesterov: bool = False,
     ):
+        self.clip, self.nesterov = clip, nesterov
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
@@ -168,10 +182,14 @@ class LARS(torch.optim.Optimizer):
             scaled = [number for number, p in enumerate(parameters) if p.ndim > 1]
             if scaled:
                 weights = torch.stack(torch._foreach_norm([parameters[n] for n in scaled]))
-                lengths = torch.stack(torch._foreach_norm([directions[n] for n in scaled]))
-                ratio = torch.where(
-                    (weights > 0) & (lengths > 0), group["trust"] * weights / lengths, torch.ones_like(weights)
-                )
+                if self.clip:
+                    lengths = torch.stack(torch._foreach_norm([parameters[n].grad for n in scaled]))
+                    share = group["trust"] * weights / (lengths + group["weight_decay"] * weights)
+                    share = (share / group["lr"]).clamp(max=1)
+                else:
+                    lengths = torch.stack(torch._foreach_norm([directions[n] for n in scaled]))
+                    share = group["trust"] * weights / lengths
+                ratio = torch.where((weights > 0) & (lengths > 0), share, torch.ones_like(weights))
                 turned, partners = [directions[n] for n in scaled], ratio.unbind()
                 if (
                     ratio.is_cuda
@@ -182,10 +200,13 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_mul_(turned, partners)
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, directions)
+            steps: Sequence[Tensor] = buffers
+            if self.nesterov:
+                steps = torch._foreach_add(directions, buffers, alpha=group["momentum"])
             if isinstance(group["lr"], Tensor):
-                torch._foreach_sub_(parameters, torch._foreach_mul(buffers, group["lr"]))
+                torch._foreach_sub_(parameters, torch._foreach_mul(steps, group["lr"]))
             else:
-                torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+                torch._foreach_add_(parameters, steps, alpha=-group["lr"])
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] | None = None) -> torch.optim.Optimizer:
@@ -205,7 +226,8 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if config.name == "lars":
-        return LARS(groups, lr=config.lr, momentum=config.momentum, trust=config.trust)
+        how = {"trust": config.trust, "clip": config.trust_clip, "nesterov": config.nesterov}
+        return LARS(groups, lr=config.lr, momentum=config.momentum, **how)
     # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)

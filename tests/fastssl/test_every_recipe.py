@@ -50,6 +50,7 @@ SMALLER = {
     ],
     "simclr": ["simclr.neighbors=5", "simclr.projector.hidden=16"],
     "resa": ["resa.projector.hidden=16", "resa.projector.out=16"],
+    "empssl": ["empssl.projector.hidden=16", "empssl.projector.out=16"],
     "distill": [
         f"distill.teacher={teacher_file()}",
         "distill.teacher_size=40",
@@ -146,6 +147,7 @@ def test_it_trains_stops_and_goes_on(name: str, beton: Path, tmp_path: Path) -> 
         "moco-mobilenetv2-sslight",
         "simclr-mobilenetv3",
         "resa-mobilenetv3",
+        "empssl-resnet18",
         "distill-mobilenetv3",
     ],
 )

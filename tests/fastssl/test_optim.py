@@ -130,10 +130,40 @@ def test_nesterov_by_hand_from_the_first_step() -> None:
         assert weight.item() == pytest.approx(value, rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"name": "adamw"}, {"name": "lars"}, {"momentum": 0.0}])
-def test_nesterov_is_of_sgd_with_momentum(settings: dict) -> None:
+@pytest.mark.parametrize("settings", [{"name": "adamw"}, {"momentum": 0.0}, {"name": "lars", "momentum": 0.0}])
+def test_nesterov_needs_a_momentum(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"optim\.nesterov"):
         OptimConfig(nesterov=True, **settings)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_clipped_lars_is_scaled_gradients_in_torchs_nesterov(on_device: bool) -> None:
+    """LARC as a wrapper around torch's SGD, whose decay it takes over."""
+    config = OptimConfig(
+        name="lars", trust=0.01, trust_clip=True, nesterov=True, lr=0.3, weight_decay=0.05, decay_1d=False
+    )
+    ours = network()
+    theirs = copy.deepcopy(ours)
+    fast, wrapped = create_optimizer(ours, config), torch.optim.SGD(theirs.parameters(), 0.3, 0.9, nesterov=True)
+    bounded = 0
+    for step, rate in enumerate((0.3, 0.0003, 0.1)):
+        for model in (ours, theirs):
+            gradients(model, step)
+        for parameter in theirs.parameters():
+            if parameter.ndim > 1:
+                length = float(parameter.detach().norm())
+                share = 0.01 * length / (float(parameter.grad.norm()) + 0.05 * length)
+                bounded += share > rate
+                parameter.grad = (parameter.grad + 0.05 * parameter.detach()) * min(share / rate, 1.0)
+        set_lr(fast, torch.tensor(rate) if on_device else rate)
+        wrapped.param_groups[0]["lr"] = rate
+        fast.step()
+        wrapped.step()
+    assert 0 < bounded < 6
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="trust_clip"):
+        OptimConfig(trust_clip=True)
 
 
 def test_a_zero_tensor_and_a_zero_gradient_leave_lars_finite() -> None:

@@ -17,7 +17,15 @@ from fastssl.training.step import TrainStep
 
 #: A network of which no sample sees another, and drop path.
 ALONE = {"arch": "test_vit", "drop_path": 0.5, "optim.name": "sgd"}
-CASES = ["moco, one-sided", "dino", "swav", "simclr, local views", "resa, local views", "distill, local views"]
+CASES = [
+    "moco, one-sided",
+    "dino",
+    "swav",
+    "simclr, local views",
+    "resa, local views",
+    "empssl, local views",
+    "distill, local views",
+]
 
 
 def recipe_of(case: str, parts: int = 1, *, alone: bool = True, **changes: object):

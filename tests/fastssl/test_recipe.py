@@ -119,7 +119,7 @@ def test_overrides_reach_every_depth() -> None:
         ("train.amp=fp8", r"train\.amp must be 'auto', 'bf16' or 'off', got 'fp8'$"),
         ("moco=3", r"moco must be a mapping"),
         ("optim.lr.x=3", r"optim\.lr is a value"),
-        ("method=byol", r"method must be 'moco', 'dino', 'swav', 'simclr', 'resa' or 'distill', got 'byol'$"),
+        ("method=byol", r"method must be 'moco', 'dino', 'swav', 'simclr', 'resa', 'empssl' or 'distill', got 'byol'$"),
         ("optim.lr=[", r"is not a value"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_preset_by_name_in_a_file_takes_changes_and_another_preset(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method=[]", r"method must be 'moco', 'dino', 'swav', 'simclr', 'resa' or 'distill', got \[\]$"),
+        ("method=[]", r"method must be 'moco', 'dino', 'swav', 'simclr', 'resa', 'empssl' or 'distill', got \[\]$"),
         ("views.preset=[]", r"no preset \[\]"),
         (f"optim.lr=1{'0' * 400}", r"optim\.lr must be a finite number"),
         ("views.weights=[0.5, 0.6]", r"views\.weights=\[0\.5, 0\.6\] must be two numbers that sum to 1$"),

@@ -61,6 +61,7 @@ RUNS = {
         "resa-mobilenetv3",
         ["views.0.size=32", "views.1.size=32", "resa.projector.hidden=32", "resa.projector.out=16"],
     ),
+    "empssl": ("empssl-resnet18", [*_CROPS, "empssl.projector.hidden=32", "empssl.projector.out=16"]),
     "distill": (
         "distill-mobilenetv3",
         [

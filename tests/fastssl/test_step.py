@@ -600,6 +600,15 @@ METHODS = {
         "resa-mobilenetv3",
         {"views.preset": "sslight-cnn", "resa.projector.hidden": 16, "resa.projector.out": 16},
     ),
+    "empssl, local views": (
+        "empssl-resnet18",
+        {
+            "empssl.projector.hidden": 16,
+            "empssl.projector.out": 16,
+            "empssl.similarity": 2.0,
+            "optim.trust_clip": "false",
+        },
+    ),
     "distill, local views": (
         "distill-mobilenetv3",
         {

@@ -110,6 +110,10 @@ CASES = {
         "resa-mobilenetv3",
         {"views.preset": "sslight-cnn", **MULTICROP, "resa.projector.hidden": 16, "resa.projector.out": 16},
     ),
+    "empssl": (
+        "empssl-resnet18",
+        {**MULTICROP, "empssl.projector.hidden": 16, "empssl.projector.out": 24, "arch": "resnet10t"},
+    ),
     "distill, standardised": (
         "distill-mobilenetv3",
         {
@@ -132,6 +136,7 @@ OWN = [
     "dino, drop path, weight decay that changes",
     "simclr, smoothed",
     "resa, local views",
+    "empssl",
     "distill, standardised",
 ]
 
