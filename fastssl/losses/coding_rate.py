@@ -15,13 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastssl.models.heads import at_least_float32
-
 
 def coding_rate(vectors: Tensor, epsilon: float) -> Tensor:
     """(..., N, D) -> (...), with gradient, in float32 (float64 for float64), whatever autocast says; no host sync."""
     with torch.autocast(vectors.device.type, enabled=False):
-        rows = at_least_float32(vectors)
+        rows = vectors if vectors.dtype == torch.float64 else vectors.float()
         count, width = rows.shape[-2:]
         products = rows @ rows.mT if count < width else rows.mT @ rows
         one = torch.eye(products.shape[-1], dtype=rows.dtype, device=rows.device)
