@@ -200,7 +200,7 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_mul_(turned, partners)
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, directions)
-            steps: Sequence[Tensor] = buffers
+            steps: list[Tensor] | tuple[Tensor, ...] = buffers
             if self.nesterov:
                 steps = torch._foreach_add(directions, buffers, alpha=group["momentum"])
             if isinstance(group["lr"], Tensor):
@@ -226,7 +226,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig, groups: list[dict] |
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     if config.name == "lars":
-        how = {"trust": config.trust, "clip": config.trust_clip, "nesterov": config.nesterov}
+        how: dict[str, Any] = {"trust": config.trust, "clip": config.trust_clip, "nesterov": config.nesterov}
         return LARS(groups, lr=config.lr, momentum=config.momentum, **how)
     # A step that is recorded as a CUDA graph counts on the device; torch asks for the promise beforehand.
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
