@@ -128,7 +128,7 @@ def run(
     probes = cost.probe_count(train.epochs, recipe.probe.every_epochs)
     probe_s, final_s = online / measured.features, _final_passes(recipe, final) / measured.features
     epoch_s, run_s = cost.run_seconds(photos, batch, train.epochs, step_s, probes=probes, probe_s=probe_s)
-    run_s += final_s
+    run_s += final_s - recipe.small_epochs * epoch_s * (1 - _small_share(recipe, device, top))
     steps = [
         {"batch_size": one.batch, "median_s": one.median_s, "runs": len(one.seconds), "peak_bytes": one.peak_bytes}
         for one in gauges
@@ -187,6 +187,16 @@ def run(
         "versions": describe_versions(),
         "git": describe_git(),
     }
+
+
+def _small_share(recipe: Recipe, device: torch.device, full: Gauge) -> float:
+    """Time of a step of small views (``progressive``) as a share of that of the full ones; 1: there are none."""
+    if not recipe.small_epochs:
+        return 1.0
+    small = gauge_step(replace(recipe, views=recipe.views_at(0)), device, full.batch)
+    for _ in full.seconds:
+        small.time_once()
+    return small.median_s / full.median_s
 
 
 def _probe_sizes(recipe: Recipe, reader: BetonReader, val: Path | None) -> tuple[int, int]:

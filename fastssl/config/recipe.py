@@ -5,7 +5,7 @@ they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +19,7 @@ from fastssl.methods.base import MethodConfig
 from fastssl.methods.distill import DistillConfig
 from fastssl.optim.optimizers import OptimConfig
 from fastssl.pipelines.plan.draw import Normalisation, ViewSpec
-from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop
+from fastssl.pipelines.plan.multicrop import AUGMENTATION, PRESETS, MultiCrop, smaller
 from fastssl.utils.settings import (
     BY_FORM,
     LIST,
@@ -141,6 +141,20 @@ class ProbeConfig:
 
 
 @settings()
+class ProgressiveConfig:
+    """Small views first, full ones at the end: most of what is learned is cheaper to learn from fewer pixels. Source:
+    FastDINOv2 (Zhang et al., arXiv 2507.03779).
+
+    Attributes:
+        epochs: the share of the epochs, from the first one on, with small views; 0: none.
+        size: their sides as a share of the views', see ``pipelines.plan.multicrop.smaller``.
+    """
+
+    epochs: BelowOne = 0.0
+    size: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+@settings()
 class Recipe:
     """All numbers of a run but the data.
 
@@ -155,6 +169,7 @@ class Recipe:
             training, too: for a run that begins with weights. Scale and shift learn.
         drop_path: stochastic depth of the deepest block, of the student alone, for networks that have it.
         views: two views as a list of groups, or a multi-crop (``MultiCrop``), which a preset's name may stand for.
+        progressive: smaller views in the first epochs.
         full_samples: pictures that a whole run of the published recipe (``full_recipe``) sees (epochs x data set), the
             measure of "what share of a full recipe was this"; None where the recipe is the full one.
     """
@@ -168,6 +183,7 @@ class Recipe:
     views: Annotated[Annotated[list[ViewSpec], LIST] | Annotated[MultiCrop, MAPPING], BY_FORM] = field(
         default_factory=list
     )
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     moco: MoCoConfig = field(default_factory=MoCoConfig)
     dino: DINOConfig = field(default_factory=DINOConfig)
     swav: SwAVConfig = field(default_factory=SwAVConfig)
@@ -188,6 +204,17 @@ class Recipe:
                 f"views as a list must be two views of one size; this one has {count} of sizes {sorted(sizes)}. "
                 "Local views come with a multi-crop: `views: {threshold: 0.3, local_count: 6, ...}`"
             )
+        if self.progressive.epochs and self.settings.view_epochs:
+            raise ValueError("progressive makes other views; distill.cache_epochs keeps those of the first epochs")
+
+    @property
+    def small_epochs(self) -> int:
+        """How many epochs, from the first one on, have small views."""
+        return round(self.progressive.epochs * self.train.epochs)
+
+    def views_at(self, epoch: int) -> Sequence[ViewSpec]:
+        """The views of an epoch: of the same kind and number as ``views``."""
+        return smaller(self.views, self.progressive.size) if epoch < self.small_epochs else self.views
 
     @property
     def pair_weights(self) -> PairWeights:

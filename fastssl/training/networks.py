@@ -44,6 +44,11 @@ def initial_backbone(
     if init is not None:
         backbone.load_state_dict(init.backbone.state_dict())
     require_sizes(backbone, recipe.arch, picture_sizes(recipe))
+    try:
+        require_sizes(backbone, recipe.arch, {f"views.{n}": spec.size for n, spec in enumerate(recipe.views_at(0))})
+    except FastSSLError as error:
+        why = str(error).partition(";")[0]
+        raise FastSSLError(f"progressive.size={recipe.progressive.size:g}: {why}; choose another share") from error
     return backbone
 
 

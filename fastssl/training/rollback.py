@@ -86,7 +86,8 @@ def diverged(run: Setup, number: int, reason: str) -> FastSSLError:
     """The error for step ``number``, whose batch is drawn once more to be kept."""
     epoch, step_in_epoch = divmod(number - 1, run.length.steps_per_epoch)
     # A loader has one consumer, and an epoch of the run's own is in hand.
-    with run.make_loader() as other, closing(other.epoch(epoch, start_step=step_in_epoch)) as batches:
+    views = run.recipe.views_at(epoch)
+    with run.make_loader(views=views) as other, closing(other.epoch(epoch, start_step=step_in_epoch)) as batches:
         where = keep_batch(run, next(batches), number, reason)
     return FastSSLError(f"{reason} at step {number:,}: the run has diverged{advice(run, where)}")
 
@@ -115,7 +116,7 @@ def keep_batch(run: Setup, batch: Batch, number: int, reason: str) -> str | None
     }
     folder = run.options.out / BAD_STEPS / f"step-{number:08}"
     try:
-        save_bad_step(folder, batch, run.recipe.views, rank=run.world.rank, about=about)
+        save_bad_step(folder, batch, run.recipe.views_at(epoch), rank=run.world.rank, about=about)
     except OSError as error:
         run.progress.message(f"{folder}: the batch could not be saved ({error.strerror or error})")
         return None

@@ -150,7 +150,7 @@ class Setup:
     def make_loader(self, **changes: Any) -> ViewLoader:
         """A loader of this process's share of every batch; ``changes`` of its arguments make another."""
         usual = {
-            "views": self.recipe.views,
+            "views": self.recipe.views_at(self.position.epoch),
             "batch_size": self.step.batch_size,
             "rank": self.world.rank,
             "world": self.world.size,
@@ -174,6 +174,9 @@ class Setup:
             return [f"{self.length.total_steps:,} of {total} made already: what is left is the report"]
         photos, batch = counted(len(self.reader), "photo"), counted(self.recipe.train.batch_size, "photo")
         views = " + ".join(f"{spec.count} x {spec.size} px" for spec in self.recipe.views)
+        if small := self.recipe.small_epochs:
+            sizes = " + ".join(f"{spec.size}" for spec in self.recipe.views_at(0))
+            views += f" ({sizes} px in the first {counted(small, 'epoch')})"
         epochs, steps = counted(self.recipe.train.epochs, "epoch"), counted(self.length.steps_per_epoch, "step")
         return [
             f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",

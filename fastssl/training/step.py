@@ -38,6 +38,7 @@ from fastssl.models.recompute import recompute_blocks
 from fastssl.optim.optimizers import apply_decay, clip_gradients, create_optimizer, parameter_groups, set_lr
 from fastssl.optim.schedules import RunLength, half_cosine
 from fastssl.pipelines.ops.device_colour import device_colour
+from fastssl.pipelines.plan.draw import ViewSpec
 from fastssl.training.cuda_graph import RecordedStep, Recorder, StepInputs, record_cuda_graph
 from fastssl.training.networks import Bf16Weights, channels_last_breaks, new_method, require_channels_last
 from fastssl.training.parts import Parts
@@ -74,7 +75,7 @@ class TrainStep:
         known: gives what a teacher said of samples' views in an epoch (``training.teacher``); None: it is asked.
         method: the networks, the queue or centre; what is saved.
         parts: into which the student's pass is cut. autocast: makes a context of the networks' precision.
-        batch_size: samples a step on this rank.
+        batch_size: samples a step on this rank. views: those that it takes, see ``take``.
         without_effect: a line for each setting of the recipe that changes nothing in this network, with the reason.
         fallbacks: {switch: why it is not used here}; also ``channels_last``, where a network does not keep the layout,
             ``compiled colour`` and ``compiled BatchNorm groups``.
@@ -117,7 +118,7 @@ class TrainStep:
                 f"train.accumulate={parts} must divide the {groups // world.size} BatchNorm groups of the queries on "
                 "each process (moco.split_bn_queries)"
             )
-        self.batch_size = total // world.size
+        self.batch_size, self.views = total // world.size, recipe.views_at(0)
         self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes
@@ -235,12 +236,21 @@ class TrainStep:
         if not self.prepared:
             started = time.monotonic()
             self._prepare(inputs)
-            self.prepare_s = time.monotonic() - started
+            self.prepare_s += time.monotonic() - started
         elif self._recorded is not None and inputs.switches() != self._switches:  # what was recorded is another step
             self._recorded = None
             self._try("graph", self._capture, inputs)
         self._switches = inputs.switches()
         return (self._recorded or self._run)(inputs)
+
+    def take(self, views: Sequence[ViewSpec]) -> None:
+        """Let the next steps be of these views; where their sizes are others, the next call compiles and records anew,
+        of the switches that have not failed before.
+        """
+        if list(views) != list(self.views):
+            self.close()
+            self.method.set_forward_modules(*self.networks)
+            self.views, self.prepared = views, False
 
     def close(self) -> None:
         """Let go of a recorded step; later calls would run eagerly. To be called before the processes part (see
@@ -271,7 +281,7 @@ class TrainStep:
 
     def coloured(self, crops: Sequence[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
         """The views of uint8 crops, as ``ViewLoader`` gives them with ``colour=False``."""
-        colours = [device_colour(spec, self.view_dtype, self.device) for spec in self.recipe.views]
+        colours = [device_colour(spec, self.view_dtype, self.device) for spec in self.views]
         views = [colour(*given) for colour, *given in zip(colours, crops, tables)]
         if reasons := [colour.fallback for colour in colours if colour.fallback]:
             self.fallbacks["compiled colour"] = reasons[0]

@@ -36,18 +36,29 @@ from fastssl.training.step_log import StepLog
 
 def train(run: Setup) -> None:
     """Make all steps that are left, with the probes between epochs."""
-    with run.make_loader() as loader, closing(run.step):
-        log, guard, vote, probe = StepLog(run, loader), NonFiniteGuard(run), Vote(), _online_probe(run)
+    with closing(run.step):
+        vote, probe = Vote(), _online_probe(run)
         if run.saver:
             _complete_checkpoint(run, run.saver.folder.checkpoints)
             run.saver.begin()
         for line in run.plan():
             run.progress.note(line)
         while run.position.epoch < run.recipe.train.epochs:
+            _make_epochs(run, vote, probe)
+        vote.close()
+
+
+def _make_epochs(run: Setup, vote: Vote, probe: OnlineProbe | None) -> None:
+    """Those that are left with views of the present sizes."""
+    small = run.recipe.small_epochs
+    last = small if run.position.epoch < small else run.recipe.train.epochs
+    run.step.take(run.recipe.views_at(run.position.epoch))
+    with run.make_loader() as loader:
+        log, guard = StepLog(run, loader), NonFiniteGuard(run)
+        while run.position.epoch < last:
             while run.position.step_in_epoch < run.length.steps_per_epoch:
                 make_steps(run, loader, log, guard, vote)
             _end_epoch(run, loader, vote, probe)
-        vote.close()
 
 
 def make_steps(run: Setup, loader: ViewLoader, log: StepLog, guard: NonFiniteGuard, vote: Vote) -> None:

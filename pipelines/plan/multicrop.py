@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -129,3 +129,22 @@ class MultiCrop(Sequence[ViewSpec]):
         local = f"{views} of {self.local_size} px, area {self.area[0]:g} .. {self.threshold:g}"
         by = "" if self.weights else " (by the number of pairs)"
         return f"{globals_}; {local}; pairs weigh {gg:.3g} global-global, {gl:.3g} global-local{by}"
+
+
+def smaller(views: Sequence[ViewSpec], share: float) -> Sequence[ViewSpec]:
+    """The same views with sides of ``share`` of theirs, to the nearest 8 pixels; the blur shrinks with them."""
+
+    def side(size: int) -> int:
+        return max(8, 8 * round(size * share / 8))
+
+    def sharper(sigma: Sequence[float]) -> tuple[float, float]:
+        return sigma[0], max(sigma[0], sigma[1] * share)
+
+    if not isinstance(views, MultiCrop):
+        return [replace(spec, size=side(spec.size), blur_sigma=sharper(spec.blur_sigma)) for spec in views]
+    kinds = {kind: dict(getattr(views, kind)) for kind in ("augment", "global_1", "global_2", "local")}
+    kinds["augment"].setdefault("blur_sigma", ViewSpec.blur_sigma)
+    for given in kinds.values():
+        if "blur_sigma" in given:
+            given["blur_sigma"] = sharper(given["blur_sigma"])
+    return replace(views, global_size=side(views.global_size), local_size=side(views.local_size), **kinds)

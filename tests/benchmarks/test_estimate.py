@@ -325,6 +325,18 @@ def test_what_would_not_train(beton: Path, changes: dict[str, str], message: str
         run(tiny(**changes), "few-photos-moco", beton, workers=1, seconds=1)
 
 
+@pytest.mark.timed
+def test_epochs_of_small_views_are_counted_by_their_own_steps(beton: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_pixels(self: Step, views: list[torch.Tensor]) -> None:
+        time.sleep(0.2 * (views[0].shape[-1] / 32) ** 2)
+
+    monkeypatch.setattr(Step, "__call__", by_pixels)
+    recipe = tiny(probe__every_epochs="0", progressive__epochs="0.6")  # three of five epochs, a quarter of the time
+    found = SimpleNamespace(**run(recipe, "small", beton, workers=1, seconds=6))
+    epochs = (found.run_s - found.final_probe_s) / found.epoch_s
+    assert epochs == pytest.approx(2 + 3 / 4, abs=0.3)
+
+
 def test_the_largest_batch_goes_with_the_recipes_parts() -> None:
     memory = cost.MemoryModel(0.0, cost.Line(0.0, 1.0), 0.0, 0.0)
     assert cost.largest_batch(memory, 30, settings=moco(2040, 1), most=10_000) == (30, "memory")

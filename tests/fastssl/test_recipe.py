@@ -83,7 +83,7 @@ def test_overrides_reach_every_depth() -> None:
         ("batch_size=64", r"no key batch_size; did you mean train\.batch_size\?$"),
         ("moco.temp=0.1", r"no key moco\.temp; did you mean moco\.temperature\?$"),
         ("temp=0.1", r"no key temp; did you mean moco\.temperature\?$"),
-        ("size=64", r"no key size; did you mean views\.0\.size or probe\.size\?$"),
+        ("size=64", r"no key size; did you mean views\.0\.size or progressive\.size or probe\.size\?$"),
         ("momentum=0.9", r"no key momentum; did you mean moco\.momentum or optim\.momentum\?$"),
         ("xyzzy=1", r"no key xyzzy$"),
         ("grad_clip=3", r"no key grad_clip; did you mean optim\.clip_grad\?$"),
