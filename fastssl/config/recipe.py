@@ -5,7 +5,7 @@ they configure (``ViewSpec``, ``MoCoConfig``, ...); a key that does not exist is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -212,7 +212,7 @@ class Recipe:
         """How many epochs, from the first one on, have small views."""
         return round(self.progressive.epochs * self.train.epochs)
 
-    def views_at(self, epoch: int) -> Sequence[ViewSpec]:
+    def views_at(self, epoch: int) -> list[ViewSpec] | MultiCrop:
         """The views of an epoch: of the same kind and number as ``views``."""
         return smaller(self.views, self.progressive.size) if epoch < self.small_epochs else self.views
 

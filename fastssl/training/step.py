@@ -118,7 +118,8 @@ class TrainStep:
                 f"train.accumulate={parts} must divide the {groups // world.size} BatchNorm groups of the queries on "
                 "each process (moco.split_bn_queries)"
             )
-        self.batch_size, self.views = total // world.size, recipe.views_at(0)
+        self.batch_size = total // world.size
+        self.views: Sequence[ViewSpec] = recipe.views_at(0)
         self.without_effect: list[str] = []
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = not recipe.train.deterministic  # every step has the same shapes

@@ -131,7 +131,7 @@ class MultiCrop(Sequence[ViewSpec]):
         return f"{globals_}; {local}; pairs weigh {gg:.3g} global-global, {gl:.3g} global-local{by}"
 
 
-def smaller(views: Sequence[ViewSpec], share: float) -> Sequence[ViewSpec]:
+def smaller(views: list[ViewSpec] | MultiCrop, share: float) -> list[ViewSpec] | MultiCrop:
     """The same views with sides of ``share`` of theirs, to the nearest 8 pixels; the blur shrinks with them."""
 
     def side(size: int) -> int:
@@ -142,7 +142,7 @@ def smaller(views: Sequence[ViewSpec], share: float) -> Sequence[ViewSpec]:
 
     if not isinstance(views, MultiCrop):
         return [replace(spec, size=side(spec.size), blur_sigma=sharper(spec.blur_sigma)) for spec in views]
-    kinds = {kind: dict(getattr(views, kind)) for kind in ("augment", "global_1", "global_2", "local")}
+    kinds: dict[str, Any] = {kind: dict(getattr(views, kind)) for kind in ("augment", "global_1", "global_2", "local")}
     kinds["augment"].setdefault("blur_sigma", ViewSpec.blur_sigma)
     for given in kinds.values():
         if "blur_sigma" in given:
