@@ -35,6 +35,7 @@ class Trained:
         size, crop: with which its run was probed (``probe.size``, ``probe.crop``), or what published weights say of
             themselves; None where neither is known.
         normalisation: of the pictures that it was trained on; ImageNet's where neither file nor run says one.
+        published: whether timm or the hub has it, and no run is known.
     """
 
     backbone: nn.Module
@@ -45,6 +46,7 @@ class Trained:
     size: int | None = None
     crop: float | None = None
     normalisation: Normalisation = IMAGENET
+    published: bool = False
 
     def record(self) -> dict[str, Any]:
         """What a result says of the network that it is about."""
@@ -55,8 +57,9 @@ class Trained:
         own = getattr(self, option)
         if None in (wanted, own) or wanted == own:
             return ""
-        run = self.network != "imported"
-        whose = f"the run itself was probed with {own:g} (probe.{option})" if run else f"these weights say {own:g}"
+        whose = f"the run itself was probed with {own:g} (probe.{option})"
+        if self.published:
+            whose = f"these weights were published for {own:g}"
         return f"--{option} {wanted:g}: {whose}"
 
 

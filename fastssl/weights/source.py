@@ -156,7 +156,7 @@ def _from_timm(source: str, which: str | None) -> Trained:
     seen = Normalisation(*(tuple(config.get(name) or getattr(IMAGENET, name)) for name in Normalisation._fields))
     name = Path(source).name if source.startswith(FOLDER) else source
     size = (config.get("input_size") or (None,))[-1]
-    return Trained(backbone.eval(), arch, "imported", None, name, size, config.get("crop_pct"), seen)
+    return Trained(backbone.eval(), arch, "imported", None, name, size, config.get("crop_pct"), seen, published=True)
 
 
 @contextmanager

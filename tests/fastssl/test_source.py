@@ -123,6 +123,8 @@ def test_a_tag_of_timms(hub: Path) -> None:
     for source in (TAG, "lcnet_050"):  # the first tag of the network
         found = load_weights(source)
         assert (found.arch, found.name, found.size) == ("lcnet_050", TAG, 224)
+        assert found.differs("size", 96) == "--size 96: these weights were published for 224"
+        assert found.differs("size", 224) == found.differs("size", None) == ""
         with torch.no_grad():
             images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
             expected = theirs.eval().forward_head(theirs.forward_features(images), pre_logits=True)
