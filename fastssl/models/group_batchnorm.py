@@ -58,6 +58,7 @@ class BatchNorms:
         """No pass runs, and none is remembered."""
         self.groups = None
         self._taken.clear()  # no cycle outlives a pass, nor what a compiler notes of the dictionary while it traces
+        self._taken = {}  # blocks that are computed again, later, have the old one
 
     def took(self, layer: GroupBatchNorm, statistics: Sequence[Tensor]) -> None:
         """Note means and variances, (groups, C) both, of a layer; none: its running ones have seen its one group."""

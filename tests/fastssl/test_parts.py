@@ -20,6 +20,7 @@ ALONE = {"arch": "test_vit", "drop_path": 0.5, "optim.name": "sgd"}
 CASES = [
     "moco, one-sided",
     "dino",
+    "dino, sinkhorn",
     "swav",
     "simclr, local views",
     "resa, local views",

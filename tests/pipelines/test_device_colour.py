@@ -36,7 +36,8 @@ def crops(spec: ViewSpec, count: int = 12) -> tuple[Tensor, np.ndarray, Tensor]:
 def every_kind() -> dict[ViewSpec, str]:
     """The view groups of all recipes that differ in their colours, at 24 px, with a recipe that has it."""
     cut = {"size": 24, "count": 1, **{name: getattr(ViewSpec(), name) for name in ("area", "ratio", "interpolation")}}
-    return {replace(spec, **cut): name for name in recipe_names() for spec in load_recipe(name).views}
+    every = ((name, spec) for name in recipe_names() for spec in load_recipe(name).views)
+    return {replace(spec, **cut): name for name, spec in every if spec.jitter}
 
 
 def grey_levels(one: Tensor, other: Tensor, spec: ViewSpec) -> float:
