@@ -116,14 +116,11 @@ class ReSA(Method):
         with torch.no_grad():
             alike = gather_rows(h[:batch]) @ gather_rows(features[:batch]).T
             assigned = sinkhorn(alike, self.config.epsilon, self.config.iterations)
-        # This process's share of both: its rows of S, and its columns.
-        forms = (
-            (assigned[mine], z, gather_views(wanted, 2)),
-            (assigned[:, mine].T, gather_views(z, self.views.count, gradient=True), wanted),
-        )
-        (rows, first, second), (columns, everyone, own) = forms
-        of_rows = _cross_entropy(rows, _similar(first, second, self.views.count, tau))
-        of_columns = _cross_entropy(columns, _similar(everyone, own, self.views.count, tau).mT)
+        # This process's share of the loss: its rows of S, and its columns.
+        views, rows, columns = self.views.count, assigned[mine], assigned[:, mine].T
+        everyone = gather_views(z, views, gradient=True)
+        of_rows = _cross_entropy(rows, _similar(z, gather_views(wanted, 2), views, tau))
+        of_columns = _cross_entropy(columns, _similar(everyone, wanted, views, tau).mT)
         loss = reduce_pairs(*split_pairs((of_rows + of_columns) / 2), self.views.weights)
         entropy = (_entropy(rows) + _entropy(columns)) / 2
         one, other = z[: 2 * batch].detach().chunk(2)

@@ -51,7 +51,8 @@ def load_teacher(recipe: Recipe) -> FrozenTeacher:
         found, size = load_weights(config.teacher), config.teacher_size or view.size
     except FastSSLError as error:
         raise FastSSLError(f"distill.teacher: {error}") from error
-    require_sizes(found.backbone, found.arch, {"distill.teacher_size": size})
+    for each in (size, config.teacher_size or recipe.views_at(0)[0].size):
+        require_sizes(found.backbone, found.arch, {"distill.teacher_size": each})
     decides = {**found.backbone.state_dict(), "size": size, "normalisation": list(found.normalisation)}
     about = {"name": found.name, "arch": found.arch, "fingerprint": digest(decides)[:16]}
     given = Normalisation(view.mean, view.std)
