@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,7 @@ from fastssl.errors import counted
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#2563a8", "#d1632f", "#0f8a68", "#8b5cb8", "#9a7b1c", "#b8477d", "#4a93b5", "#7a6a5d")
+COLOURS = ("#2563a8", "#d1632f", "#0f8a68", "#8b5cb8", "#9a7b1c", "#b8477d", "#4a93b5", "#7a6a5d")
 _CEILING, _INK, _QUIET, _GRID = "#b9c6d6", "#1c2430", "#5b6676", "#e3e7ec"
 # Names come from files: a dollar sign in one is no formula.
 _STYLE: Any = {  # matplotlib's type for it lists all names that there are
@@ -48,7 +48,10 @@ _PANELS = 3
 _ROWS = 40
 
 
-def draw(plot: Callable[[Sequence[Record]], Figure | str], records: Sequence[Record]) -> bytes | str:
+_Drawn = TypeVar("_Drawn")
+
+
+def draw(plot: Callable[[_Drawn], Figure | str], records: _Drawn) -> bytes | str:
     """PNG of ``plot(records)``, or its words if it has nothing to draw."""
     # No pyplot: it would open a window where there is a display, and keep every figure.
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
@@ -126,7 +129,7 @@ def _draw_rates(axes: Axes, field: str, places: Sequence[float], records: Sequen
     ceilings = [limit or left for limit in limits]  # no bar where there is none
     words = [figure(limit) for limit in limits]
     for values, labels, shift, colour, ink, name in (
-        (rates, texts, -0.17, _COLOURS[0], _INK, "measured (share of its ceiling)"),
+        (rates, texts, -0.17, COLOURS[0], _INK, "measured (share of its ceiling)"),
         (ceilings, words, 0.17, _CEILING, _QUIET, "ceiling"),
     ):
         widths = np.array(values) - left
@@ -167,8 +170,8 @@ def share_of_time(records: Sequence[Record]) -> Figure | str:
     axes, places, begin = canvas.subplots(), np.arange(len(rows)), np.zeros(len(rows))
     for number, part in enumerate(parts):
         widths = np.array([shares.get(part, 0.0) for _, shares in rows])
-        look: dict[str, Any] = {"facecolor": _COLOURS[number % len(_COLOURS)], "edgecolor": "white", "linewidth": 0.8}
-        look |= {"hatch": "//" if number >= len(_COLOURS) else None, "label": _short(part, 40)}
+        look: dict[str, Any] = {"facecolor": COLOURS[number % len(COLOURS)], "edgecolor": "white", "linewidth": 0.8}
+        look |= {"hatch": "//" if number >= len(COLOURS) else None, "label": _short(part, 40)}
         bars = axes.barh(places, widths, 0.42, left=begin, **look)
         labels = [f"{width:.0%}" if width >= 0.04 else "" for width in widths]
         axes.bar_label(bars, labels, label_type="center", color="white", fontsize=9)
@@ -221,7 +224,7 @@ def _setting(record: Record) -> str:
 
 
 def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
-    for colour, part, name in zip(_COLOURS, ("decode", "views"), ("decode", "whole loader")):
+    for colour, part, name in zip(COLOURS, ("decode", "views"), ("decode", "whole loader")):
         by_count = {one.workers or 0: one for one in records if (one.details or {}).get("part") == part}
         found = [(count, by_count[count]) for count in sorted(by_count)]
         points = [(count, one.pair_per_s or 0.0, _ceiling(one, "pair_per_s")) for count, one in found]
@@ -245,7 +248,7 @@ def _draw_threads(axes: Axes, title: str, records: Sequence[Record]) -> None:
 def _draw_costs(axes: Axes, records: Sequence[Record]) -> None:
     """Lines by the number of views; a bare decode loop, which makes none, stands at zero."""
     names: dict[int, str] = {}
-    for colour, record in zip(_COLOURS, records):
+    for colour, record in zip(COLOURS, records):
         cost = _figures(record, "host_cpu_ms")
         views = {key: 0 if key == "bare" else sum(map(int, re.findall(r"\d{1,6}", key))) for key in cost}
         names.update({views[key]: "decode\nalone" if key == "bare" else str(views[key]) for key in views})

@@ -23,6 +23,7 @@ import math
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +191,10 @@ def ensure_sample_set(cache_dir: Path | None = None) -> SampleSet:
     except OSError as error:
         final = Path(tempfile.mkdtemp(prefix="fastssl-samples-"))
         warnings.warn(f"{cache_dir} cannot be written ({error.strerror}); the sample set goes to {final}", stacklevel=2)
-        _build(final)
+        build_sample_set(final)
         return SampleSet(final / "train.beton", final / "val.beton")
     try:
-        _build(building)
+        build_sample_set(building)
         for _ in range(2):
             # A folder that is not empty is never replaced by a rename: somebody was first, or it is a damaged one.
             with suppress(OSError):
@@ -228,13 +229,16 @@ def _verified(folder: Path) -> SampleSet | None:
     return found
 
 
-def _build(folder: Path) -> None:
-    """Render the views, write them as JPEG files and convert them, both parts, into ``folder``."""
-    for part in PARTS:
+def build_sample_set(folder: Path, parts: Mapping[str, int] = PARTS) -> None:
+    """Render the views, write them as JPEG files and convert them into ``folder``: a ``.beton`` file for each of
+    ``parts``, which says how many views of each place. With more of them the first ones are the same.
+    """
+    for part, count in parts.items():
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.
         with tempfile.TemporaryDirectory(prefix="views-", dir=folder) as views:
             for number, name in enumerate(places()):
                 (Path(views) / name).mkdir()
-                for index, view in enumerate(render(load_panorama(name), draw_cameras(part, number), SIZE).numpy()):
+                cameras = draw_cameras(part, number, count)
+                for index, view in enumerate(render(load_panorama(name), cameras, SIZE).numpy()):
                     Image.fromarray(view).save(Path(views) / name / f"{index:03d}.jpg", quality=_QUALITY, subsampling=0)
             convert(Path(views), folder / f"{part}.beton", ConvertOptions(keep_size=True, on_bad="fail"))

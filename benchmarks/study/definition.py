@@ -1,0 +1,105 @@
+"""What a study asks: its photos, its rows and its claims, read from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fastssl.errors import FastSSLError
+from fastssl.utils.settings import in_words
+from fastssl.utils.yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of run.
+
+    Attributes:
+        words: what the page calls it. recipe: a file beside the study's, or the name of one of ours.
+        changes: keys of the recipe and their values.
+        seeds: how many runs it has, with the seeds 0, 1, ...
+        why: what explains a figure below that of raw pixels.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    words: str
+    recipe: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A question: ``rows`` against the row ``against``, which all are told by their names.
+
+    Attributes:
+        words: what is asked, and who says what. found: what came out, in words; the figures are the page's.
+        minutes: whether the time is part of the question: then the table says when each row was as good as
+            ``against`` at its end.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    title: str
+    words: str
+    against: str
+    rows: list[str]
+    found: str = ""
+    minutes: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """``photos``: rendered views of each place, a part (``sample_set.build_sample_set``)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    title: str
+    words: str
+    photos: dict[str, int]
+    rows: dict[str, Row]
+    claims: list[Claim]
+
+    def order(self) -> list[tuple[str, int]]:
+        """(row, seed) of all runs: claim by claim, and in each seed by seed, so that what is to be compared is made
+        side by side and a study that is stopped early has whole seeds.
+        """
+        found: dict[tuple[str, int], None] = {}
+        for claim in self.claims:
+            names = [claim.against, *claim.rows]
+            for seed in range(max(self.rows[name].seeds for name in names)):
+                found |= {(name, seed): None for name in names if seed < self.rows[name].seeds}
+        return list(found)
+
+
+def read_study(path: Path) -> Study:
+    """The study of a yaml file. Raises FastSSLError, with what is wrong in it."""
+    try:
+        study = TypeAdapter(Study).validate_python(read_yaml(path))
+    except ValidationError as error:
+        raise FastSSLError(f"{path}: {in_words(error)[0]}") from error
+    asked = {name for claim in study.claims for name in (claim.against, *claim.rows)}
+    if unknown := sorted(asked - set(study.rows)):
+        raise FastSSLError(f"{path}: a claim names {', '.join(unknown)}, which is no row")
+    if idle := sorted(set(study.rows) - asked):
+        raise FastSSLError(f"{path}: no claim asks for {', '.join(idle)}")
+    return study
+
+
+def recipe_of(row: Row, folder: Path) -> Path | str:
+    """The row's recipe: a file in ``folder``, or the name of one of ours."""
+    return folder / row.recipe if row.recipe.endswith(".yaml") else row.recipe
+
+
+def fingerprint(row: Row, folder: Path) -> str:
+    """Changes with every value of the row's recipe and with what is changed in it; comments have none."""
+    recipe = recipe_of(row, folder)
+    content = [read_yaml(recipe) if isinstance(recipe, Path) else recipe, row.changes]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
