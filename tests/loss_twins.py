@@ -122,3 +122,12 @@ def dense_nt_xent(
             entries.append(sum(losses) / batch)
         rows.append(torch.stack(entries))
     return torch.stack(rows)
+
+
+def dense_koleo(vectors: Tensor) -> Tensor:
+    """(N, D) -> scalar: minus the mean logarithm of the distance to the nearest other."""
+    losses = []
+    for place, one in enumerate(vectors):
+        distances = [torch.linalg.vector_norm(one - other) for other in (*vectors[:place], *vectors[place + 1 :])]
+        losses.append(-(torch.stack(distances).min() + 1e-8).log())
+    return torch.stack(losses).mean()

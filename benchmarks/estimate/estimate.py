@@ -217,7 +217,7 @@ def _extrapolated(recipe: Recipe, measured: Measured, parts: int, points: int) -
         how = "linearly" if points > 1 else "in proportion"
         found.append(f"time and memory of a step: {how} from batch {top} to {part}")
     if parts > 1:
-        off = "long" if METHODS[recipe.method][0].DIVISIBLE else "short: its loss takes each part through twice"
+        off = "long" if measured.gauges[-1].step.method.divisible else "short: its loss takes each part through twice"
         found.append(f"train.accumulate: {parts} times the time of a whole step of {part}, which is a little too {off}")
     if measured.together is None or parts > 1:
         found.append("loader and step together: from the rates that each has alone")

@@ -258,18 +258,18 @@ class Method(nn.Module):
     Attributes:
         METRICS: names of the values in ``StepOutput.metrics``; these four come first.
         HAS_TEACHER: whether there is a moving average of the student.
-        DIVISIBLE: whether a batch's loss is the mean of its parts' losses: parts of it need one pass, others two.
         student, teacher: the network that is trained, and its moving average, or None.
         teacher_views: how many global views the teacher's pass is over.
         hidden_views: how many of the first views the student's pass leaves out.
+        divisible: whether a batch's loss is the mean of its parts' losses: parts of it need one pass, others two.
     """
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "kl", "alignment", "embedding_std")
     HAS_TEACHER: ClassVar[bool] = True
-    DIVISIBLE: ClassVar[bool] = True
 
     teacher_views: int = 2
     hidden_views: int = 0
+    divisible: bool = True
 
     def __init__(self, student: Encoder, views: Views):
         super().__init__()

@@ -9,7 +9,8 @@ SSLight, arXiv 2210.02808.
     after the step:  centre <- 0.9 centre + 0.1 mean of the teacher's logits;  teacher <- m teacher + (1 - m) student
 
 With ``centering: sinkhorn`` (DINOv2, Oquab et al., arXiv 2304.07193, after SwAV) P of both global views of all photos
-is made to use all K outputs evenly, in place of the centre.
+is made to use all K outputs evenly, in place of the centre. With ``koleo`` (DINOv2, too) the backbone's features of each
+global view, at unit length, keep away from their nearest neighbours (``losses.koleo``).
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, world_size
+from fastssl.distributed.collectives import all_reduce_mean, all_reduce_sum, gather_views, rank, world_size
+from fastssl.losses.koleo import koleo
 from fastssl.losses.pairs import reduce_pairs, split_pairs
 from fastssl.losses.sinkhorn import sinkhorn
 from fastssl.losses.soft_targets import soft_cross_entropy, teacher_probabilities
 from fastssl.methods.base import Encoder, Method, MethodConfig, Rates, StepOutput, Views
 from fastssl.models.backbones import feature_dim
-from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig
+from fastssl.models.heads import CosineLogits, Projector, ProjectorConfig, at_least_float32
 from fastssl.optim import schedules
 from fastssl.optim.schedules import MomentumSchedule, RunLength
-from fastssl.utils.settings import Natural, Positive, Share, Switch, Whole, settings
+from fastssl.utils.settings import Natural, NotNegative, Positive, Share, Switch, Whole, settings
 
 
 @settings("dino")
@@ -48,6 +50,8 @@ class DINOConfig(MethodConfig):
         warmup_teacher_epochs: epochs over which it rises.
         centering: ``mean``: the centre; ``sinkhorn``: three rounds of ``losses.sinkhorn`` of the step's photos.
         center_momentum: of the centre.
+        koleo: weight of ``losses.koleo``, added up over both global views (DINOv2: 0.1); 0: none. The metric ``kl``
+            holds it, too.
         momentum: of the teacher.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
         freeze_epochs: epochs at the start in which the last layer gets no update.
@@ -62,6 +66,7 @@ class DINOConfig(MethodConfig):
     warmup_teacher_epochs: Natural = 50
     centering: Literal["mean", "sinkhorn"] = "mean"
     center_momentum: Share = 0.9
+    koleo: NotNegative = 0.0
     momentum: Share = 0.996
     momentum_schedule: MomentumSchedule = "cosine"
     freeze_epochs: Natural = 1
@@ -76,16 +81,30 @@ class DINOConfig(MethodConfig):
 
 
 class DINOHead(nn.Module):
-    """Projector to unit vectors, then cosines with K rows: (N, F) -> (N, out) float32."""
+    """Projector to unit vectors, then cosines with K rows: (N, F) -> (N, out) float32; where the loss looks at them,
+    too, the features of unit length stand behind: (N, out + F).
+    """
 
     def __init__(self, in_features: int, config: DINOConfig):
         super().__init__()
         self.mlp = Projector(in_features, config.projector)
         self.last = CosineLogits(config.projector.out, config.out, learned_gain=config.learned_gain)
+        self.shows_features = config.koleo > 0
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.last(self.mlp(features))
+        if self.shows_features:
+            return torch.cat([logits, functional.normalize(at_least_float32(features), dim=1)], 1)
         return logits
+
+
+class DINOEncoder(Encoder):
+    """Backbone and ``DINOHead``; the teacher gives logits alone."""
+
+    def as_teacher(self) -> Encoder:
+        teacher = super().as_teacher()
+        teacher.projector.shows_features = False
+        return teacher
 
 
 class DINO(Method):
@@ -102,8 +121,9 @@ class DINO(Method):
     def __init__(
         self, backbone: nn.Module, config: DINOConfig, *, views: Views, generator: torch.Generator | None = None
     ):
-        super().__init__(Encoder(backbone, DINOHead(feature_dim(backbone), config)), views)
+        super().__init__(DINOEncoder(backbone, DINOHead(feature_dim(backbone), config)), views)
         self.config = config
+        self.divisible = not config.koleo  # the neighbours are of the batch
         self.register_buffer("center", torch.zeros(config.out))
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
@@ -126,15 +146,23 @@ class DINO(Method):
         return logits, teacher_probabilities(logits, self.center, temperature)
 
     def loss(self, embeddings: Tensor, targets: tuple[Tensor, ...], rates: Rates) -> StepOutput:
-        logits = embeddings.unflatten(0, (self.views.count, -1))
+        logits = embeddings[:, : self.config.out].unflatten(0, (self.views.count, -1))
         probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
         loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
+        if self.config.koleo:
+            loss = loss + self.config.koleo * self._koleo(embeddings[:, self.config.out :])
         frozen = tuple(cast(DINOHead, self.student.projector).last.parameters()) if rates["frozen"] else ()
         with torch.no_grad():
             entropy = torch.special.entr(probabilities).sum(-1).mean()
             first, second = functional.normalize(logits[:2].float(), dim=-1)
         return StepOutput(loss, entropy, (first, second), (entropy / math.log(self.config.out),), frozen)
+
+    def _koleo(self, features: Tensor) -> Tensor:
+        batch = self.views.batch_size
+        own = features[: 2 * batch]
+        everyone = gather_views(own, 2, gradient=True).unflatten(0, (2, -1))
+        return koleo(own.unflatten(0, (2, -1)), everyone, rank() * batch).sum()
 
     @torch.no_grad()
     def after_step(self, targets: tuple[Tensor, ...], pair: tuple[Tensor, Tensor], rates: Rates) -> None:

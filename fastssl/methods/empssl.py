@@ -50,7 +50,7 @@ class EMPSSL(Method):
 
     METRICS = (*Method.METRICS, "coding_rate")
     HAS_TEACHER = False
-    DIVISIBLE = False  # the batch is what fills the directions
+    divisible = False  # the batch is what fills the directions
 
     def __init__(
         self, backbone: nn.Module, config: EMPSSLConfig, *, views: Views, generator: torch.Generator | None = None

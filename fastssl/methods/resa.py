@@ -86,7 +86,7 @@ class ReSAEncoder(Encoder):
 class ReSA(Method):
     """Student and teacher."""
 
-    DIVISIBLE = False  # the batch says what is alike
+    divisible = False  # the batch says what is alike
 
     def __init__(
         self, backbone: nn.Module, config: ReSAConfig, *, views: Views, generator: torch.Generator | None = None

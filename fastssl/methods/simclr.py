@@ -48,7 +48,7 @@ class SimCLR(Method):
     """One network, and one training step's loss."""
 
     HAS_TEACHER = False
-    DIVISIBLE = False  # the batch is the negatives
+    divisible = False  # the batch is the negatives
 
     def __init__(
         self, backbone: nn.Module, config: SimCLRConfig, *, views: Views, generator: torch.Generator | None = None

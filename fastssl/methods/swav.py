@@ -104,7 +104,7 @@ class SwAV(Method):
 
     METRICS = (*Method.METRICS, "target_entropy")
     HAS_TEACHER = False
-    DIVISIBLE = False  # the assignment looks at the whole batch
+    divisible = False  # the assignment looks at the whole batch
 
     queue: Tensor
 

@@ -88,7 +88,7 @@ class Parts:
     ) -> StepOutput:
         """The whole batch's loss, without gradient where it has parts; and its gradients at the parameters."""
         method, found, shares = self.method, list[StepOutput](), list[Tensor]()
-        twice = self.count > 1 and not method.DIVISIBLE
+        twice = self.count > 1 and not method.divisible
         if twice:
             for mine in self.images(images, noise, still=True):
                 # autocast keeps a weight's cast until its end, and that of a pass without gradient has none.

@@ -21,6 +21,7 @@ CASES = [
     "moco, one-sided",
     "dino",
     "dino, sinkhorn",
+    "dino, koleo",
     "swav",
     "simclr, local views",
     "resa, local views",
@@ -89,7 +90,7 @@ def test_batchnorm_sees_a_part_and_its_running_statistics_move_once(case: str, e
     step.method.student.register_forward_pre_hook(lambda module, inputs: seen.append(sum(map(len, inputs[0]))))
     (found, slopes), (expected, theirs) = gradients(step, given), gradients(twin, given, twin=True)
     rows = step.method.views.count - step.method.hidden_views
-    assert seen == [rows * BATCH // 2] * (2 if step.method.DIVISIBLE else 4)
+    assert seen == [rows * BATCH // 2] * (2 if step.method.divisible else 4)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for name, slope in theirs.items():
         torch.testing.assert_close(slopes[name], slope, rtol=1e-9, atol=1e-12, msg=name)

@@ -572,6 +572,10 @@ METHODS = {
         "dino-mobilenetv2-sslight",
         {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16, "dino.centering": "sinkhorn"},
     ),
+    "dino, koleo": (
+        "dino-mobilenetv2-sslight",
+        {"dino.out": 32, "dino.projector.hidden": 16, "dino.projector.out": 16, "dino.koleo": 0.1},
+    ),
     "dino, ViT": (
         "dino-vit_tiny-sslight",
         {

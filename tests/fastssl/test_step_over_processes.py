@@ -65,7 +65,7 @@ CASES = {
         "dino-mobilenetv2-sslight",
         {**MULTICROP, "dino.out": 48, "dino.projector.hidden": 16, "dino.projector.out": 16},
     ),
-    "dino, sinkhorn": (
+    "dino, sinkhorn, koleo": (
         "dino-mobilenetv2-sslight",
         {
             **MULTICROP,
@@ -73,6 +73,7 @@ CASES = {
             "dino.projector.hidden": 16,
             "dino.projector.out": 16,
             "dino.centering": "sinkhorn",
+            "dino.koleo": 0.5,
         },
     ),
     "dino, drop path, weight decay that changes": (
