@@ -8,9 +8,10 @@ records that are committed.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastssl.benchmarks.harness.records import Record, read_records
@@ -137,11 +138,16 @@ TABLES = {"recipes": own_recipe_table, "parts": part_table, "loaders": loader_ta
 
 def fill(text: str, records: Sequence[Record]) -> str:
     """``text`` with its marked places filled from ``records``; FastSSLError where a place is not named in TABLES."""
+    return fill_places(text, {name: functools.partial(table, records) for name, table in TABLES.items()})
+
+
+def fill_places(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """``text`` with each marked place filled by the table of its name; FastSSLError where there is none."""
 
     def replace(found: re.Match[str]) -> str:
-        if found[2] not in TABLES:
-            raise FastSSLError(f"figures: {found[2]} is not one of {', '.join(TABLES)}")
-        return f"{found[1]}{TABLES[found[2]](records).rstrip()}\n{found[3]}"
+        if found[2] not in tables:
+            raise FastSSLError(f"figures: {found[2]} is not one of {', '.join(tables)}")
+        return f"{found[1]}{tables[found[2]]().rstrip()}\n{found[3]}"
 
     return _PLACE.sub(replace, text)
 

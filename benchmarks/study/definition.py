@@ -37,45 +37,38 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """A question: ``rows`` against the row ``against``, which all are told by their names.
-
-    Attributes:
-        words: what is asked, and who says what. found: what came out, in words; the figures are the page's.
-        minutes: whether the time is part of the question: then the table says when each row was as good as
-            ``against`` at its end.
-    """
+    """A question: ``rows`` against the row ``against``. With ``minutes`` the time is part of it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    title: str
-    words: str
     against: str
     rows: list[str]
-    found: str = ""
     minutes: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rows."""
+        return [self.against, *self.rows]
 
 
 @dataclass(frozen=True)
 class Study:
-    """``photos``: rendered views of each place, a part (``sample_set.build_sample_set``)."""
+    """``photos``: rendered views of each place, for each part (``sample_set.build_sample_set``)."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    title: str
-    words: str
     photos: dict[str, int]
     rows: dict[str, Row]
-    claims: list[Claim]
+    claims: dict[str, Claim]
 
     def order(self) -> list[tuple[str, int]]:
         """(row, seed) of all runs: claim by claim, and in each seed by seed, so that what is to be compared is made
         side by side and a study that is stopped early has whole seeds.
         """
         found: dict[tuple[str, int], None] = {}
-        for claim in self.claims:
-            names = [claim.against, *claim.rows]
-            for seed in range(max(self.rows[name].seeds for name in names)):
-                found |= {(name, seed): None for name in names if seed < self.rows[name].seeds}
+        for claim in self.claims.values():
+            for seed in range(max(self.rows[name].seeds for name in claim.names)):
+                found |= {(name, seed): None for name in claim.names if seed < self.rows[name].seeds}
         return list(found)
 
 
@@ -85,7 +78,7 @@ def read_study(path: Path) -> Study:
         study = TypeAdapter(Study).validate_python(read_yaml(path))
     except ValidationError as error:
         raise FastSSLError(f"{path}: {in_words(error)[0]}") from error
-    asked = {name for claim in study.claims for name in (claim.against, *claim.rows)}
+    asked = {name for claim in study.claims.values() for name in claim.names}
     if unknown := sorted(asked - set(study.rows)):
         raise FastSSLError(f"{path}: a claim names {', '.join(unknown)}, which is no row")
     if idle := sorted(set(study.rows) - asked):

@@ -29,11 +29,13 @@ from fastssl.errors import FastSSLError
 from fastssl.utils.json_text import read_json_records, to_json
 
 RECORDS = "runs.jsonl"
+#: By row and seed.
+Runs = dict[tuple[str, int], dict[str, Any]]
 #: Points of a curve that a record keeps at most.
 POINTS = 40
 
 
-def read_runs(study: Study, folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def read_runs(study: Study, folder: Path) -> Runs:
     """Records in ``folder`` of the rows as they are now, by (row, seed); of two the later one."""
     path = folder / RECORDS
     if not path.is_file():

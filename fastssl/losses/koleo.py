@@ -29,4 +29,5 @@ def koleo(own: Tensor, everyone: Tensor, first: int = 0) -> Tensor:
             near.diagonal(first, -2, -1).fill_(-2)  # nobody is their own neighbour
             nearest = near.argmax(-1, keepdim=True).expand(*rows.shape)
         distance = torch.linalg.vector_norm(rows - others.gather(-2, nearest), dim=-1)
-        return -(distance + _EPSILON).log().mean(-1)
+        loss: Tensor = -(distance + _EPSILON).log().mean(-1)
+        return loss

@@ -9,8 +9,8 @@ SSLight, arXiv 2210.02808.
     after the step:  centre <- 0.9 centre + 0.1 mean of the teacher's logits;  teacher <- m teacher + (1 - m) student
 
 With ``centering: sinkhorn`` (DINOv2, Oquab et al., arXiv 2304.07193, after SwAV) P of both global views of all photos
-is made to use all K outputs evenly, in place of the centre. With ``koleo`` (DINOv2, too) the backbone's features of each
-global view, at unit length, keep away from their nearest neighbours (``losses.koleo``).
+is made to use all K outputs evenly, in place of the centre. With ``koleo`` (DINOv2, too) the backbone's features of
+each global view, at unit length, keep away from their nearest neighbours (``losses.koleo``).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class DINOEncoder(Encoder):
 
     def as_teacher(self) -> Encoder:
         teacher = super().as_teacher()
-        teacher.projector.shows_features = False
+        cast(DINOHead, teacher.projector).shows_features = False
         return teacher
 
 
@@ -123,8 +123,11 @@ class DINO(Method):
     ):
         super().__init__(DINOEncoder(backbone, DINOHead(feature_dim(backbone), config)), views)
         self.config = config
-        self.divisible = not config.koleo  # the neighbours are of the batch
         self.register_buffer("center", torch.zeros(config.out))
+
+    @property
+    def divisible(self) -> bool:  # type: ignore[override]
+        return not self.config.koleo  # nearest neighbours are of the batch
 
     def rates(self, step: int, run: RunLength) -> dict[str, float | bool]:
         config = self.config
