@@ -6,9 +6,9 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fastssl.errors import FastSSLError
 from fastssl.utils.settings import in_words
@@ -31,7 +31,7 @@ class Row:
     words: str
     recipe: str
     changes: dict[str, Any] = field(default_factory=dict)
-    seeds: int = 3
+    seeds: Annotated[int, Field(strict=True, ge=1, le=10)] = 3
     why: str = ""
 
 

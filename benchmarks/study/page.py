@@ -99,13 +99,13 @@ def claim_table(study: Study, claim: Claim, runs: Runs) -> str:
     for name in claim.names:
         some = list(seeds_of(runs, name).values())
         if some:
-            minutes = statistics.mean(run["train_seconds"] for run in some) / 60
+            minutes = statistics.mean(run["cpu_seconds"] for run in some) / 60
             cells = [study.rows[name].words + below_raw(study.rows[name], some)]
             cells += [spread(after(run, kind) for run in some) for kind in KINDS]
             rows.append([*cells, f"{some[0]['steps']:,} of {some[0]['batch_size']}", f"{minutes:.0f}", str(len(some))])
     if not rows:
         return "No run has ended yet.\n"
-    text = table_markdown(Table(("", *KINDS.values(), "steps", "minutes", "seeds"), rows, (False, *[True] * 5)))
+    text = table_markdown(Table(("", *KINDS.values(), "steps", "core-minutes", "seeds"), rows, (False, *[True] * 5)))
     rows = []
     for name in claim.rows:
         pairs = pairs_of(runs, name, claim.against)

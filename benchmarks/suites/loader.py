@@ -5,8 +5,8 @@ Three records for each setting (``details["part"]``):
 
 ``decode``      the engine with its device stage left out, beside a bare loop over the same JPEGs with the same
                 binding on as many threads
-``host cost``   processor time a picture for one view, for two, and for two global and six local views, when
-                crops run on the device
+``host cost``   processor time a picture for one view, for two, and for two global and six local views, or as many
+                as the recipe has if that is more, when crops run on the device
 ``views``       a whole ``ViewLoader``: decode, crop, colour, on the device; beside what the bare loop could have fed
 """
 
@@ -119,11 +119,13 @@ def run(setting: RecipeSetting) -> list[Record]:
     """
     device, threads, size, engine = setting.device, setting.threads, setting.batch, setting.pipeline
     specs, on_cpu = setting.recipe.views, setting.on_cpu
-    # One global view; the recipe's two; two global and six local ones. The host does not look at a view's size when
+    # One global view; the recipe's two; two global and many local ones. The host does not look at a view's size when
     # crops run on the device.
+    count = max(6, setting.views - 2)
+    many = f"2 + {count} views"
     single, pair = replace(specs[0], count=1), replace(specs[0], count=2)
-    local = replace(single, size=max(8, single.size * 3 // 7), count=6, area=(0.05, 0.2))
-    groups = {"1 view": [single], "2 views": [pair], "2 + 6 views": [pair, local]} if engine == "native" else {}
+    local = replace(single, size=max(8, single.size * 3 // 7), count=count, area=(0.05, 0.2))
+    groups = {"1 view": [single], "2 views": [pair], many: [pair, local]} if engine == "native" else {}
     with ExitStack() as opened:
         reader, about = opened.enter_context(setting.open())
         whole = opened.enter_context(open_loader(reader, specs, size, device, workers=threads, pipeline=engine))
@@ -171,13 +173,13 @@ def run(setting: RecipeSetting) -> list[Record]:
     help_of = {"threads_help": ratio(windows["bare"], windows["bare, 1 thread"])}
     decode = {**bare, **help_of, "host_cpu_of_bare": growth("2 views", "bare")}
     host: dict[str, Any] = {
-        "rates": "per processor second, of 2 + 6 views",
+        "rates": f"per processor second, of {many}",
         "host_cpu_ms": {key: median(values) for key, values in cost.items()},
         "times_1_view": {key: growth(key, "1 view") for key in groups},
-        "times_2_views": growth("2 + 6 views", "2 views"),
+        "times_2_views": growth(many, "2 views"),
     }
     # Photos a second of one core that does nothing else, with the most views; beside the bare loop's.
-    alone = rates(1e3 / host["host_cpu_ms"]["2 + 6 views"], size, 8, 1 / growth("2 + 6 views", "bare"))
+    alone = rates(1e3 / host["host_cpu_ms"][many], size, 2 + count, 1 / growth(many, "bare"))
     return [
         record("decode", f"bare decode loop, {on_threads}", "decode", decode, of("2 views", "bare")),
         record("host cost", "bare decode loop, per processor second", "decode", host, alone),

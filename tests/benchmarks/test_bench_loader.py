@@ -198,6 +198,14 @@ def test_the_decode_engine_decodes_and_renders_nothing(beton: Path, monkeypatch:
 
 
 @pytest.mark.slow
+def test_the_hosts_cost_is_that_of_as_many_views_as_the_recipe_has(full_size: Path) -> None:
+    _, cost, views = run(setting(load_recipe("empssl-resnet18"), full_size, workers=1, batch_size=16, seconds=0.5))
+    assert list(cost.details["times_1_view"]) == ["1 view", "2 views", "2 + 18 views"]
+    assert cost.view_per_s == pytest.approx(20 * cost.pair_per_s)
+    assert views.view_per_s == pytest.approx(20 * views.pair_per_s)
+
+
+@pytest.mark.slow
 def test_loader_records(full_size: Path) -> None:
     recipe = load_recipe("quickstart", {"views.0.size": "32"})
     decode, cost, views = run(setting(recipe, full_size, workers=2, batch_size=32, seconds=2.0))
