@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ class Row:
 
     Attributes:
         words: what the page calls it. recipe: a file beside the study's, or the name of one of ours.
+        like: another row, whose recipe and changes this one has, too, where it does not say otherwise.
         changes: keys of the recipe and their values.
         seeds: how many runs it has, with the seeds 0, 1, ...
         why: what explains a figure below that of raw pixels.
@@ -29,7 +30,8 @@ class Row:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     words: str
-    recipe: str
+    recipe: str = ""
+    like: str = ""
     changes: dict[str, Any] = field(default_factory=dict)
     seeds: Annotated[int, Field(strict=True, ge=1, le=10)] = 3
     why: str = ""
@@ -83,7 +85,19 @@ def read_study(path: Path) -> Study:
         raise FastSSLError(f"{path}: a claim names {', '.join(unknown)}, which is no row")
     if idle := sorted(set(study.rows) - asked):
         raise FastSSLError(f"{path}: no claim asks for {', '.join(idle)}")
-    return study
+    return replace(study, rows={name: _whole(name, study.rows, path) for name in study.rows})
+
+
+def _whole(name: str, rows: dict[str, Row], path: Path, below: tuple[str, ...] = ()) -> Row:
+    row = rows[name]
+    if row.like:
+        if row.like not in rows or row.like in (name, *below):
+            raise FastSSLError(f"{path}: {name} is like {row.like}, which is no other row")
+        base = _whole(row.like, rows, path, (name, *below))
+        row = replace(row, recipe=row.recipe or base.recipe, changes={**base.changes, **row.changes}, like="")
+    if not row.recipe:
+        raise FastSSLError(f"{path}: {name} has no recipe")
+    return row
 
 
 def recipe_of(row: Row, folder: Path) -> Path | str:

@@ -35,6 +35,7 @@ from fastssl.report.run_record import COLOURS as COLOUR
 from fastssl.report.run_record import RANDOM, RAW, TRAINED
 
 KINDS = {"knn": "kNN", "linear": "linear"}
+NOTHING = "No run has ended yet.\n"
 #: Student's t at 97.5 %, for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -104,7 +105,7 @@ def claim_table(study: Study, claim: Claim, runs: Runs) -> str:
             cells += [spread(after(run, kind) for run in some) for kind in KINDS]
             rows.append([*cells, f"{some[0]['steps']:,} of {some[0]['batch_size']}", f"{minutes:.0f}", str(len(some))])
     if not rows:
-        return "No run has ended yet.\n"
+        return NOTHING
     text = table_markdown(Table(("", *KINDS.values(), "steps", "core-minutes", "seeds"), rows, (False, *[True] * 5)))
     rows = []
     for name in claim.rows:
@@ -137,6 +138,8 @@ def below_raw(row: Row, runs: Sequence[dict[str, Any]]) -> str:
 
 def references_table(runs: Runs) -> str:
     """What there is to beat."""
+    if not runs:
+        return NOTHING
     any_probe = next(iter(runs.values()))["probe"]
     rows = [[name, *(f"{any_probe[name][kind]:.1f}" for kind in KINDS)] for name in (f"{RAW} (16x16)", COLOUR)]
     for arch in dict.fromkeys(run["arch"] for run in runs.values()):
@@ -160,6 +163,8 @@ def made(study: Study, runs: Runs) -> str:
 
 def curves(study: Study, names: Sequence[str], runs: Runs) -> Figure | str:
     """kNN during training: a line a seed, a colour a row."""
+    if not any(seeds_of(runs, name) for name in names):
+        return NOTHING
     canvas = Figure(figsize=(9, 4.2), layout="constrained")
     axes = canvas.subplots()
     for number, name in enumerate(names):
@@ -182,7 +187,8 @@ def fill_page(text: str, study: Study, runs: Runs, folder: Path, beside: Path) -
     """
 
     def claim_figures(name: str, claim: Claim) -> str:
-        return f"{claim_table(study, claim, runs)}\n\n![kNN over the photos seen]({folder / name}.png)\n"
+        text = claim_table(study, claim, runs)
+        return text if text == NOTHING else f"{text}\n\n![kNN over the photos seen]({folder / name}.png)\n"
 
     tables: dict[str, Callable[[], str]] = {
         **{name: functools.partial(claim_figures, name, claim) for name, claim in study.claims.items()},
@@ -207,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.page.write_text(fill_page(chosen.page.read_text(), study, runs, linked, beside))
     for name, claim in study.claims.items():
         png = draw(functools.partial(curves, study, claim.names), runs)
-        if isinstance(png, bytes):
+        if isinstance(png, bytes):  # not the words of why there is none
             (folder / f"{name}.png").write_bytes(png)
     return 0
 

@@ -57,12 +57,23 @@ def test_what_is_compared_is_made_side_by_side(file: Path) -> None:
     assert read_study(file).order() == [("plain", 0), ("warm", 0), ("plain", 1), ("warm", 1), ("warm", 2)]
 
 
+def test_a_row_like_another(file: Path) -> None:
+    more = "  warmer: {words: warmer, like: warm, changes: {optim.lr: 0.02}}\n  hot: {words: hot, like: warmer}\n"
+    file.write_text(STUDY.replace("claims:", f"{more}claims:").replace("[warm]", "[warm, warmer, hot]"))
+    rows = read_study(file).rows
+    assert rows["hot"].recipe == "own.yaml" and rows["hot"].words == "hot"
+    assert rows["hot"].changes == {"simclr.temperature": 0.5, "optim.lr": 0.02} == rows["warmer"].changes
+    assert rows["warm"].changes == {"simclr.temperature": 0.5}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("rows: [warm]", "rows: [cold]", "claim names cold, which is no row"),
         ("rows: [warm]", "rows: []", "no claim asks for warm"),
         ("against: plain", "versus: plain", "no key claims.first.versus"),
+        ("words: warm, recipe: own.yaml", "words: warm", "warm has no recipe"),
+        ("words: warm, recipe: own.yaml", "words: warm, like: warm", "warm is like warm, which is no other row"),
         ("seeds: 2", "seeds: two", "seeds must be a whole number"),
         ("seeds: 2", "seeds: 0", "seeds must be at least 1"),
     ],
@@ -145,8 +156,9 @@ def test_the_committed_page_is_that_of_the_committed_runs() -> None:
     command = "python -m fastssl.benchmarks.study.page docs/results.md benchmarks/results/study/study.yaml"
     assert page.fill_page(text, study, found, linked, beside) == text, f"run: {command}"
     assert set(study.claims) <= set(re.findall(r"<!-- figures: ([\w-]+) -->", text))
-    for name in study.claims:
-        assert (FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name, claim in study.claims.items():
+        if {row for row, _ in found} & set(claim.names):
+            assert (FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # Every run that is on the page tells its command, its commit and its machine.
     for one in found.values():
         assert one["command"].startswith("OMP_NUM_THREADS=1 fastssl pretrain --recipe ")
