@@ -79,6 +79,8 @@ class Runner:
 
     def make(self, name: str, seed: int) -> dict[str, Any] | None:
         """The record of a run, made or gone on with; None if it was stopped. Raises FastSSLError where it failed."""
+        if self.stopped:
+            return None
         row = self._study.rows[name]
         mark = fingerprint(row, self._folder)
         out = self._scratch / f"{name}-{seed}-{mark}"
