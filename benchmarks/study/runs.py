@@ -86,10 +86,11 @@ class Runner:
         out = self._scratch / f"{name}-{seed}-{mark}"
         arguments = ["--seed", str(seed), "--device", "cpu", "--workers", "1"]
         for key, value in row.changes.items():
-            arguments += ["--set", f"{key}={json.dumps(value)}"]
+            arguments += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         if not (out / "summary.json").is_file() and not self._run(row, out, arguments):
             return None
-        command = f"OMP_NUM_THREADS=1 fastssl pretrain --recipe {row.recipe} {shlex.join(arguments)}"
+        shown = f"--data train.beton --val val.beton --recipe {row.recipe} {shlex.join(arguments)}"
+        command = f"OMP_NUM_THREADS=1 fastssl pretrain {shown}"
         return {"row": name, "seed": seed, "fingerprint": mark, "command": command, **_record(out)}
 
     def _run(self, row: Row, out: Path, arguments: list[str]) -> bool:
