@@ -219,4 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FastSSLError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -36,13 +36,20 @@ POINTS = 40
 
 
 def read_runs(study: Study, folder: Path) -> Runs:
-    """Records in ``folder`` of the rows as they are now, by (row, seed); of two the later one."""
+    """Records in ``folder`` of the rows as they are now, by (row, seed); of two the later one. Raises FastSSLError for
+    what is none.
+    """
     path = folder / RECORDS
     if not path.is_file():
         return {}
     now = {name: fingerprint(row, folder) for name, row in study.rows.items()}
-    records = [record for _, record in read_json_records(path, "runs of a study")]
-    return {(one["row"], one["seed"]): one for one in records if now.get(one["row"]) == one["fingerprint"]}
+    found: Runs = {}
+    for where, record in read_json_records(path, "runs of a study"):
+        if not isinstance(record, dict) or not {"row", "seed", "fingerprint", "probe"} <= set(record):
+            raise FastSSLError(f"{where}: not a run of a study")
+        if now.get(record["row"]) == record["fingerprint"]:
+            found[record["row"], record["seed"]] = record
+    return found
 
 
 def ensure_photos(study: Study, scratch: Path) -> dict[str, Path]:
@@ -63,7 +70,7 @@ class Runner:
         self._study, self._folder, self._scratch = study, folder, scratch
         self._photos = ensure_photos(study, scratch)
         self._running: set[subprocess.Popen] = set()
-        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._lock, self._stopping = threading.RLock(), threading.Event()  # a second signal meets the first
 
     def stop(self) -> None:
         """Ask every run to save and end, and start no more."""
@@ -188,4 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FastSSLError, OSError) as error:
+        sys.exit(f"error: {error}")

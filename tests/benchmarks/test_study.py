@@ -103,6 +103,13 @@ def test_a_run_belongs_to_its_row_as_it_is_now(file: Path) -> None:
     assert not runs.read_runs(read_study(file), folder)
 
 
+@pytest.mark.parametrize("line", ["{}", "[1]", "nothing", '{"row": "plain", "seed": 0}'])
+def test_what_is_no_record_is_named(file: Path, line: str) -> None:
+    (file.parent / runs.RECORDS).write_text(f"{line}\n")
+    with pytest.raises(FastSSLError, match=re.escape(f"{runs.RECORDS}, ")):
+        runs.read_runs(read_study(file), file.parent)
+
+
 @pytest.mark.parametrize("differences", [(1.0, 2.0), (1.0, 2.0, 4.0), (-3.0, 0.5, 0.25, 9.0, 1.0)])
 def test_the_interval_is_students(differences: tuple[float, ...]) -> None:
     mean, error = sum(differences) / len(differences), stats.sem(differences)
