@@ -67,7 +67,7 @@ def in_words(record: Record) -> tuple[str, str] | None:
             alone = f"; its crops alone {crops:.0%} of that loop" if crops else ""
             words = f"{of_ceiling} of a loop that decodes and crops and does no colour{alone}"
             views = counted(round((record.view_per_s or 0) / (record.pair_per_s or 1)), "crop")
-            what = f"whole loader: decode, {views} of a photo, colour, normalised"
+            what = f"whole loader: decode, {views} of a photo to {recipe}'s sizes, colour, normalised"
             return what, f"{pair_per_s} photos/s ({threads}), {words}"
         case "step" if record.peer and part == "update":
             return f"optimiser and moving average of {recipe}", f"{times:.2f}x the loops over tensors"

@@ -106,7 +106,9 @@ def recipe_of(row: Row, folder: Path) -> Path | str:
 
 
 def fingerprint(row: Row, folder: Path) -> str:
-    """Changes with every value of the row's recipe and with what is changed in it; comments have none."""
+    """Changes with every value in the row's file and with what is changed in it, not with comments. What files leave
+    out is told by the commits of the runs.
+    """
     recipe = recipe_of(row, folder)
     content = [read_yaml(recipe) if isinstance(recipe, Path) else recipe, row.changes]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -18,6 +18,7 @@ import json
 import os
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def claim_table(study: Study, claim: Claim, runs: Runs) -> str:
             cells = [study.rows[name].words]
             cells += [f"{gain(differences)}: {verdict(differences)}" for differences in found]
             if claim.minutes:
-                cells.append(", ".join(f"{other['train_seconds'] / run['train_seconds']:.2f}" for run, other in pairs))
+                cells.append(", ".join(f"{other['cpu_seconds'] / run['cpu_seconds']:.2f}" for run, other in pairs))
             rows.append(cells)
     if rows:
         header = (f"gain over {study.rows[claim.against].words}", *KINDS.values(), "times as fast")
@@ -142,8 +143,11 @@ def references_table(runs: Runs) -> str:
         return NOTHING
     any_probe = next(iter(runs.values()))["probe"]
     rows = [[name, *(f"{any_probe[name][kind]:.1f}" for kind in KINDS)] for name in (f"{RAW} (16x16)", COLOUR)]
-    for arch in dict.fromkeys(run["arch"] for run in runs.values()):
-        probes = [run["probe"][RANDOM] for run in runs.values() if run["arch"] == arch]
+    networks: dict[str, str] = {}  # the first row of each: of one seed it is the same network in most others
+    for row, _ in runs:
+        networks.setdefault(next(iter(seeds_of(runs, row).values()))["arch"], row)
+    for arch, row in networks.items():
+        probes = [run["probe"][RANDOM] for run in seeds_of(runs, row).values()]
         rows.append([f"{arch}, before training", *(spread(probe[kind] for probe in probes) for kind in KINDS)])
     return table_markdown(Table(("", *KINDS.values()), rows, (False, True, True)))
 
@@ -158,7 +162,8 @@ def made(study: Study, runs: Runs) -> str:
     commits = dict.fromkeys(str(run["git"]) for run in runs.values())
     hours = sum(run["cpu_seconds"] for run in runs.values()) / 3600
     words = f"{len(runs)} of {len(study.order())} runs have ended, {hours:.1f} hours of one core"
-    return f"{words}, on {' and '.join(hosts)}; {'; '.join(versions)}; commits {', '.join(commits)}.\n"
+    words += f", on {' and '.join(hosts)}; {'; '.join(versions)}; commits {', '.join(commits)}."
+    return textwrap.fill(words, 120)
 
 
 def curves(study: Study, names: Sequence[str], runs: Runs) -> Figure | str:

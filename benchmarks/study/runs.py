@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.benchmarks.study.definition import Row, Study, fingerprint, read_study, recipe_of
-from fastssl.data.sample_set import build_sample_set
+from fastssl.data.sample_set import build_sample_set, places
 from fastssl.errors import FastSSLError
 from fastssl.utils.json_text import read_json_records, to_json
 
@@ -36,24 +36,25 @@ POINTS = 40
 
 
 def read_runs(study: Study, folder: Path) -> Runs:
-    """Records in ``folder`` of the rows as they are now, by (row, seed); of two the later one. Raises FastSSLError for
-    what is none.
+    """Records in ``folder`` of the rows and photos as they are now, by (row, seed); of two the later one. Raises
+    FastSSLError for what is none.
     """
     path = folder / RECORDS
     if not path.is_file():
         return {}
+    photos = {part: count * len(places()) for part, count in study.photos.items()}
     now = {name: fingerprint(row, folder) for name, row in study.rows.items()}
     found: Runs = {}
     for where, record in read_json_records(path, "runs of a study"):
-        if not isinstance(record, dict) or not {"row", "seed", "fingerprint", "probe"} <= set(record):
+        if not isinstance(record, dict) or not {"row", "seed", "fingerprint", "photos"} <= set(record):
             raise FastSSLError(f"{where}: not a run of a study")
-        if now.get(record["row"]) == record["fingerprint"]:
+        if now.get(record["row"]) == record["fingerprint"] and record["photos"] == photos:
             found[record["row"], record["seed"]] = record
     return found
 
 
 def ensure_photos(study: Study, scratch: Path) -> dict[str, Path]:
-    """The study's views as ``.beton`` files, rendered once."""
+    """The study's views as ``.beton`` files, rendered once; the runs on them lie in the same folder."""
     folder = scratch / ("places-" + "-".join(f"{part}-{count}" for part, count in study.photos.items()))
     if not folder.is_dir():
         building = folder.with_name(f"{folder.name}-building")
@@ -77,7 +78,7 @@ class Runner:
         with self._lock:
             self._stopping.set()
             for process in self._running:
-                process.send_signal(signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)  # not send_signal, which may take the status that `_run` waits for
 
     @property
     def stopped(self) -> bool:
@@ -90,7 +91,7 @@ class Runner:
             return None
         row = self._study.rows[name]
         mark = fingerprint(row, self._folder)
-        out = self._scratch / f"{name}-{seed}-{mark}"
+        out = self._photos["train"].parent / f"{name}-{seed}-{mark}"
         arguments = ["--seed", str(seed), "--device", "cpu", "--workers", "1"]
         for key, value in row.changes.items():
             arguments += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -120,7 +121,7 @@ class Runner:
                 self._running.discard(process)
         with (out / "cpu-seconds.txt").open("a") as file:  # a line a start: a run may have had several
             file.write(f"{usage.ru_utime + usage.ru_stime:.1f}\n")
-        if process.returncode == 130:
+        if process.returncode == 130 or (process.returncode and self.stopped):  # -15: before it could listen
             return False
         if process.returncode:
             said = (out / "output.log").read_text(errors="replace")[-600:].strip()
@@ -144,7 +145,7 @@ def _record(out: Path) -> dict[str, Any]:
             row["name"]: {kind: round(row[kind], 2) for kind in ("knn", "linear")} for row in summary["probe"]["rows"]
         },
         "photos": {"train": summary["probe"]["train_samples"], "val": summary["probe"]["val_samples"]},
-        "knn": [(line["step"], round(line["knn"], 2)) for line in lines if line["kind"] == "probe"],
+        "knn": [(line["step"], round(line["knn"], 2)) for line in lines if line["kind"] == "probe" and line["knn"]],
         "loss": [(line["step"], round(line["loss"], 4)) for line in thinned],
         "spread": [(line["step"], round(line["embedding_std"], 3)) for line in thinned],
         "state": summary["verdict"]["state"],
@@ -172,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and (chosen.seeds is None or seed in chosen.seeds)
     ]
     print(f"{len(done)} runs are on record, {len(left)} to make", flush=True)
+    if not left:
+        return 0
     runner, failed = Runner(study, folder, chosen.scratch), 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: runner.stop())
@@ -181,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name, seed = jobs[job]
             try:
                 record = job.result()
-            except FastSSLError as error:
+            except Exception as error:  # the others go on
                 failed += 1
                 print(f"{time.strftime('%H:%M')} {name}, seed {seed}: FAILED: {error}", file=sys.stderr, flush=True)
                 continue

@@ -221,6 +221,7 @@ class StepOutput:
         pair: two views' unit vectors (B, D) without gradient.
         more: further metrics, means over the samples.
         frozen: parameters whose gradient is dropped at this step, so that the optimiser passes them over.
+        regulariser: the part of ``loss`` that asks for no target; the metrics leave it out.
     """
 
     loss: Tensor
@@ -228,6 +229,7 @@ class StepOutput:
     pair: tuple[Tensor, Tensor]
     more: tuple[Tensor, ...] = ()
     frozen: Sequence[nn.Parameter] = ()
+    regulariser: Tensor | float = 0.0
 
     @property
     def metrics(self) -> Tensor:
@@ -238,7 +240,7 @@ class StepOutput:
         first, second = self.pair
         alignment = (first - second).square().sum(-1).mean()
         spread = first.std(dim=0).mean() * math.sqrt(first.shape[1])
-        loss = self.loss.detach()
+        loss = (self.loss - self.regulariser).detach()
         return torch.stack([loss, loss - self.entropy, alignment, spread, *self.more]).float()
 
     @classmethod
@@ -246,10 +248,10 @@ class StepOutput:
         """That of a batch whose loss is the mean of its equal parts' losses; of several without gradient."""
         if len(parts) == 1:
             return parts[0]
-        means = zip(*((one.loss.detach(), one.entropy, *one.more) for one in parts))
-        loss, entropy, *more = (sum(values) / len(parts) for values in means)
+        means = zip(*((one.loss.detach(), one.regulariser, one.entropy, *one.more) for one in parts))
+        loss, regulariser, entropy, *more = (sum(values) / len(parts) for values in means)
         first, second = (torch.cat(views) for views in zip(*(one.pair for one in parts)))
-        return cls(loss, entropy, (first, second), tuple(more), parts[0].frozen)
+        return cls(loss, entropy, (first, second), tuple(more), parts[0].frozen, regulariser)
 
 
 class Method(nn.Module):

@@ -50,8 +50,8 @@ class DINOConfig(MethodConfig):
         warmup_teacher_epochs: epochs over which it rises.
         centering: ``mean``: the centre; ``sinkhorn``: three rounds of ``losses.sinkhorn`` of the step's photos.
         center_momentum: of the centre.
-        koleo: weight of ``losses.koleo``, added up over both global views (DINOv2: 0.1); 0: none. The metric ``kl``
-            holds it, too.
+        koleo: weight of ``losses.koleo``, added up over both global views (DINOv2: 0.1); 0: none. The
+            metrics ``loss`` and ``kl`` are without it.
         momentum: of the teacher.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
         freeze_epochs: epochs at the start in which the last layer gets no update.
@@ -153,13 +153,16 @@ class DINO(Method):
         probabilities = targets[1].unflatten(0, (2, -1))
         pairs = soft_cross_entropy(probabilities, logits, self.config.student_temperature)
         loss = reduce_pairs(*split_pairs(pairs), self.views.weights)
+        regulariser: Tensor | float = 0.0
         if self.config.koleo:
-            loss = loss + self.config.koleo * self._koleo(embeddings[:, self.config.out :])
+            regulariser = self.config.koleo * self._koleo(embeddings[:, self.config.out :])
+            loss = loss + regulariser
         frozen = tuple(cast(DINOHead, self.student.projector).last.parameters()) if rates["frozen"] else ()
         with torch.no_grad():
             entropy = torch.special.entr(probabilities).sum(-1).mean()
             first, second = functional.normalize(logits[:2].float(), dim=-1)
-        return StepOutput(loss, entropy, (first, second), (entropy / math.log(self.config.out),), frozen)
+        more = (entropy / math.log(self.config.out),)
+        return StepOutput(loss, entropy, (first, second), more, frozen, regulariser)
 
     def _koleo(self, features: Tensor) -> Tensor:
         batch = self.views.batch_size

@@ -49,6 +49,7 @@ def file(tmp_path: Path) -> Path:
 
 def run(knn: float, linear: float, seed: int = 0, row: str = "plain", **more: object) -> dict:
     probe = {"after pre-training": {"knn": knn, "linear": linear}, "raw pixels (16x16)": {"knn": 20.0, "linear": 30.0}}
+    more.setdefault("photos", {"train": 36, "val": 36})
     numbers = {"steps": 100, "batch_size": 64, "cpu_seconds": 120.0, "train_seconds": 100.0}
     return {"row": row, "seed": seed, "probe": probe, "knn": [(50, knn - 1), (100, knn)], **numbers, **more}
 
@@ -99,6 +100,9 @@ def test_a_run_belongs_to_its_row_as_it_is_now(file: Path) -> None:
     assert set(runs.read_runs(read_study(file), folder)) == {("plain", 0), ("warm", 0)}
     file.write_text(STUDY.replace("0.5", "0.4"))
     assert set(runs.read_runs(read_study(file), folder)) == {("plain", 0)}
+    file.write_text(STUDY.replace("train: 2", "train: 3"))
+    assert not runs.read_runs(read_study(file), folder)
+    file.write_text(STUDY)
     (folder / "own.yaml").write_text(RECIPE.replace("EPOCHS", "3"))
     assert not runs.read_runs(read_study(file), folder)
 
@@ -180,14 +184,14 @@ def test_runs_are_made_stopped_gone_on_with_and_not_made_twice(file: Path, tmp_p
     (tmp_path / "own.yaml").write_text(RECIPE.replace("EPOCHS", "60"))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(scratch.glob("*/checkpoints/*"))) < 4 and time.monotonic() < deadline:
+    while len(list(scratch.glob("*/*/checkpoints/*"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and said == "0 runs are on record, 2 to make\n"
     assert not (tmp_path / runs.RECORDS).exists()
-    stopped = {path.parent.name: path.stat().st_mtime_ns for path in scratch.glob("*/config.yaml")}
-    assert len(stopped) == 2
+    logs = list(scratch.glob("*/*/output.log"))
+    assert len(logs) == 2
 
     assert runs.main(command[3:]) == 0
     found = runs.read_runs(read_study(file), tmp_path)
@@ -196,6 +200,7 @@ def test_runs_are_made_stopped_gone_on_with_and_not_made_twice(file: Path, tmp_p
         assert one["starts"] == 2 and one["steps"] == 180 and one["cpu_seconds"] > 1
         assert one["photos"] == {"train": 36, "val": 36} and len(one["loss"]) <= runs.POINTS
         assert set(one["probe"]) >= {"raw pixels (16x16)", "colour histogram", "random initialisation"}
+    assert all("resumed at step" in log.read_text() for log in logs)
     assert found["warm", 0]["command"].endswith("--set simclr.temperature=0.5")
 
     before = (tmp_path / runs.RECORDS).read_bytes()

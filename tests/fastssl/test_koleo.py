@@ -56,11 +56,16 @@ def test_float32_under_autocast() -> None:
 def test_dino_adds_it_for_both_global_views() -> None:
     views = batch()
     plain, spread = make(), make(replace(SMALL, koleo=0.3))
-    losses = [one(views, one.targets(views, {}, RATES), RATES).loss for one in (plain, spread)]
-    with torch.no_grad():
-        features = functional.normalize(spread.student.backbone(views[0]), dim=1)
-        wanted = sum(dense_koleo(view) for view in features.split(B))
-    torch.testing.assert_close(losses[1], losses[0] + 0.3 * wanted)
+    outputs = [one(views, one.targets(views, {}, RATES), RATES) for one in (plain, spread)]
+    features = functional.normalize(spread.student.backbone(views[0]), dim=1)
+    wanted = 0.3 * sum(dense_koleo(view) for view in features.split(B))
+    torch.testing.assert_close(outputs[1].loss, outputs[0].loss + wanted)
+    torch.testing.assert_close(outputs[1].metrics, outputs[0].metrics)
     assert spread.teacher(images(0)).shape == plain.teacher(images(0)).shape
-    losses[1].backward()
-    assert all(one.grad is not None for one in spread.student.backbone.parameters())
+    # Its gradient goes through the backbone, too.
+    own, without = (list(one.student.backbone.parameters()) for one in (spread, plain))
+    more = torch.autograd.grad(outputs[1].loss, own)
+    rest, added = torch.autograd.grad(outputs[0].loss, without), torch.autograd.grad(wanted, own)
+    assert max(slope.abs().max() for slope in added) > 1e-3
+    for slope, one, other in zip(more, rest, added):
+        torch.testing.assert_close(slope, one + other)

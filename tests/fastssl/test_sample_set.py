@@ -189,7 +189,7 @@ def test_a_damaged_panorama_is_named(monkeypatch, tmp_path):
 
 
 def test_second_call_converts_nothing(cache, monkeypatch):
-    monkeypatch.setattr(sample_set, "_build", lambda folder: pytest.fail("converted again"))
+    monkeypatch.setattr(sample_set, "build_sample_set", lambda folder: pytest.fail("converted again"))
     first = ensure_sample_set(cache)
     assert first.train.is_file() and [p.name for p in cache.iterdir()] == [first.train.parent.name]
 
@@ -208,17 +208,17 @@ def test_damaged_and_short_files_are_made_again(small):
 
 
 def test_losing_the_race_uses_the_winners_files(small, monkeypatch):
-    build = sample_set._build
+    build = sample_set.build_sample_set
 
     def slow_build(folder):
         """While we convert, another process finishes."""
-        monkeypatch.setattr(sample_set, "_build", build)
+        monkeypatch.setattr(sample_set, "build_sample_set", build)
         ensure_sample_set(small)
         marker.append(os.stat(next(small.glob("samples-*"))).st_ino)
         build(folder)
 
     marker = []
-    monkeypatch.setattr(sample_set, "_build", slow_build)
+    monkeypatch.setattr(sample_set, "build_sample_set", slow_build)
     found = ensure_sample_set(small)
     assert found.train.parent.stat().st_ino == marker[0]
     assert [p.name for p in small.iterdir()] == [found.train.parent.name]
@@ -253,7 +253,7 @@ def test_a_failed_conversion_leaves_nothing(small, monkeypatch):
         (folder / "train.beton").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample_set, "_build", broken)
+    monkeypatch.setattr(sample_set, "build_sample_set", broken)
     with pytest.raises(OSError, match="No space"):
         ensure_sample_set(small)
     assert list(small.iterdir()) == []

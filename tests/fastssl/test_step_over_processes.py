@@ -133,7 +133,7 @@ CASES = {
 #: What the papers' steps are not held to over two processes, see test_reference_steps.py.
 OWN = [
     "moco, symmetric, local views, one group",
-    "dino, sinkhorn",
+    "dino, sinkhorn, koleo",
     "dino, drop path, weight decay that changes",
     "simclr, smoothed",
     "resa, local views",
