@@ -229,11 +229,12 @@ def _verified(folder: Path) -> SampleSet | None:
     return found
 
 
-def build_sample_set(folder: Path, parts: Mapping[str, int] = PARTS) -> None:
+def build_sample_set(folder: Path, parts: Mapping[str, int] | None = None) -> None:
     """Render the views, write them as JPEG files and convert them into ``folder``: a ``.beton`` file for each of
-    ``parts``, which says how many views of each place. With more of them the first ones are the same.
+    ``parts`` (default: :data:`PARTS`), which says how many views of each place. With more of them the first ones are
+    the same.
     """
-    for part, count in parts.items():
+    for part, count in (PARTS if parts is None else parts).items():
         # Beside the result and not in /tmp: one disk, one clean-up when the caller removes the folder.
         with tempfile.TemporaryDirectory(prefix="views-", dir=folder) as views:
             for number, name in enumerate(places()):
