@@ -11,8 +11,8 @@ from fastssl.benchmarks.harness.records import Record, incomplete, missing_parts
 from fastssl.benchmarks.harness.table import cells
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-#: metrics.jsonl is the log of a training run, and those of the study of views are no benchmark records.
-OTHERS = ("view-sampling", "photo-size")  # records of studies, not of `fastssl bench`
+#: metrics.jsonl is the log of a training run, and those of studies are no records of `fastssl bench`.
+OTHERS = ("view-sampling", "photo-size", "study")
 PUBLISHED = sorted(
     path for path in RESULTS.glob("*/*.jsonl") if path.name != "metrics.jsonl" and path.parent.name not in OTHERS
 )
