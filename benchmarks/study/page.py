@@ -167,7 +167,7 @@ def made(study: Study, runs: Runs) -> str:
 
 
 def curves(study: Study, names: Sequence[str], runs: Runs) -> Figure | str:
-    """kNN during training: a line a seed, a colour a row."""
+    """kNN during training, of some photos, and behind it of all: a line and a dot a seed, a colour a row."""
     if not any(seeds_of(runs, name) for name in names):
         return NOTHING
     canvas = Figure(figsize=(9, 4.2), layout="constrained")
@@ -179,8 +179,15 @@ def curves(study: Study, names: Sequence[str], runs: Runs) -> Figure | str:
             photos = [step * run["batch_size"] / 1000 for step, _ in run["knn"]]
             look |= {"label": study.rows[name].words if place == 0 else None, "alpha": 1 if place == 0 else 0.5}
             axes.plot(photos, [value for _, value in run["knn"]], **look)
+            axes.plot(
+                run["steps"] * run["batch_size"] / 1000,
+                after(run, "knn"),
+                "o",
+                color=look["color"],
+                alpha=look["alpha"],
+            )
     axes.set_xlabel("thousand photos seen")
-    axes.set_ylabel("kNN during training, percent")
+    axes.set_ylabel("kNN, percent (dots: all photos)")
     axes.grid(axis="y")
     canvas.legend(loc="outside lower center", ncols=2)
     return canvas
