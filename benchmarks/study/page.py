@@ -134,7 +134,7 @@ def below_raw(row: Row, runs: Sequence[dict[str, Any]]) -> str:
         return ""
     if not row.why:
         raise FastSSLError(f"{row.words}: {counted(len(below), 'run')} below raw pixels; the study must say why")
-    return f" (below raw pixels: {row.why})"
+    return f" ({len(below)} of {counted(len(runs), 'run')} below raw pixels: {row.why})"
 
 
 def references_table(runs: Runs) -> str:

@@ -153,7 +153,7 @@ def test_the_table_of_a_claim(file: Path) -> None:
 
 
 def test_a_row_below_raw_pixels_says_why(file: Path) -> None:
-    assert "| plain (below raw pixels: five steps) | 40.0 | 30.0 |" in table(read_study(file), run(40, 30))
+    assert "| plain (1 of 1 run below raw pixels: five steps) | 40.0 | 30.0 |" in table(read_study(file), run(40, 30))
     file.write_text(STUDY.replace(", why: five steps", ""))
     with pytest.raises(FastSSLError, match="plain: 1 run below raw pixels; the study must say why"):
         table(read_study(file), run(40, 30))
