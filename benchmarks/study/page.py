@@ -179,13 +179,8 @@ def curves(study: Study, names: Sequence[str], runs: Runs) -> Figure | str:
             photos = [step * run["batch_size"] / 1000 for step, _ in run["knn"]]
             look |= {"label": study.rows[name].words if place == 0 else None, "alpha": 1 if place == 0 else 0.5}
             axes.plot(photos, [value for _, value in run["knn"]], **look)
-            axes.plot(
-                run["steps"] * run["batch_size"] / 1000,
-                after(run, "knn"),
-                "o",
-                color=look["color"],
-                alpha=look["alpha"],
-            )
+            end = {"x": run["steps"] * run["batch_size"] / 1000, "y": after(run, "knn")}
+            axes.scatter(**end, color=look["color"], alpha=look["alpha"])
     axes.set_xlabel("thousand photos seen")
     axes.set_ylabel("kNN, percent (dots: all photos)")
     axes.grid(axis="y")

@@ -26,6 +26,7 @@ from typing import Any
 from fastssl.benchmarks.study.definition import Row, Study, fingerprint, read_study, recipe_of
 from fastssl.data.sample_set import build_sample_set, places
 from fastssl.errors import FastSSLError
+from fastssl.report.run_record import TRAINED
 from fastssl.utils.json_text import read_json_records, to_json
 
 RECORDS = "runs.jsonl"
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if record is not None:
                 with (folder / RECORDS).open("a") as file:
                     file.write(to_json(record) + "\n")
-                after = record["probe"]["after pre-training"]
+                after = record["probe"][TRAINED]
                 words = f"kNN {after['knn']:.1f}, linear {after['linear']:.1f}, {record['cpu_seconds'] / 60:.0f} min"
                 print(f"{time.strftime('%H:%M')} {name}, seed {seed}: {words}", flush=True)
     return 130 if runner.stopped else min(failed, 1)

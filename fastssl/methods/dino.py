@@ -50,8 +50,8 @@ class DINOConfig(MethodConfig):
         warmup_teacher_epochs: epochs over which it rises.
         centering: ``mean``: the centre; ``sinkhorn``: three rounds of ``losses.sinkhorn`` of the step's photos.
         center_momentum: of the centre.
-        koleo: weight of ``losses.koleo``, added up over both global views (DINOv2: 0.1); 0: none. The
-            metrics ``loss`` and ``kl`` are without it.
+        koleo: weight of ``losses.koleo``, added up over both global views (DINOv2: 0.1); 0: none. The metrics
+            ``loss`` and ``kl`` are without it.
         momentum: of the teacher.
         momentum_schedule: ``constant``, or ``cosine`` up to 1.
         freeze_epochs: epochs at the start in which the last layer gets no update.
