@@ -240,7 +240,9 @@ class StepOutput:
         first, second = self.pair
         alignment = (first - second).square().sum(-1).mean()
         spread = first.std(dim=0).mean() * math.sqrt(first.shape[1])
-        loss = (self.loss - self.regulariser).detach()
+        loss = self.loss.detach()
+        if torch.is_tensor(self.regulariser):  # not minus 0.0, which would be a kernel in every step
+            loss = loss - self.regulariser.detach()
         return torch.stack([loss, loss - self.entropy, alignment, spread, *self.more]).float()
 
     @classmethod
