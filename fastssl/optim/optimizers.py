@@ -38,6 +38,8 @@ class OptimConfig:
         warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
             None: a share of the peak. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
+        hold: share of the run at whose end the rate begins to fall; 0: at the end of the warm-up. Between the two it has
+            the peak.
         per_epoch: change the rate once an epoch, as MoCo and light-moco do, instead of every step.
         backbone_lr: the backbone's rate as a share of the head's, for weights that are to change less than the head,
             which begins at random.
@@ -58,6 +60,7 @@ class OptimConfig:
     warmup_epochs: NotNegative = 0.0
     warmup_lr: NotNegative | None = None
     final_lr: NotNegative = 0.0
+    hold: BelowOne = 0.0
     per_epoch: Switch = False
     backbone_lr: Positive = 1.0
 
@@ -74,13 +77,13 @@ class OptimConfig:
         return self.lr * (batch_size / self.lr_batch if self.lr_batch else 1.0)
 
     def rate(self, step: int, run: RunLength, batch_size: int) -> float:
-        """The learning rate at ``step`` (0 .. the run's steps) for ``batch_size`` samples a step: linear warm-up, then
-        half a cosine from the peak to ``final_lr``.
+        """The learning rate at ``step`` (0 .. the run's steps) for ``batch_size`` samples a step: linear warm-up, the peak
+        as long as ``hold`` says, then half a cosine from the peak to ``final_lr``.
 
         With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero,
         and unit W is the first at the peak. With ``warmup_lr`` the warm-up is a line with both end points instead,
         ``warmup_lr`` at unit 0 and the peak at the last unit below W (DINO, SwAV, SSLight; where W is 1, the unit has
-        ``warmup_lr``). The cosine begins at unit W and reaches ``final_lr`` at u = U. A run no longer than its warm-up
+        ``warmup_lr``). The cosine begins at unit W, or at hold x U if that is later, and reaches ``final_lr`` at u = U. A run no longer than its warm-up
         only climbs. A unit is a step, or with ``per_epoch`` an epoch; an epoch's warm-up without ``warmup_lr`` is
         also multiplied by the cosine continued to the left, as in light-moco's code (0.1 % and less).
         """
@@ -91,7 +94,8 @@ class OptimConfig:
             unit, units, warmup = step, run.total_steps, warmup * run.steps_per_epoch
         if unit >= warmup:
             # The last unit of a run that ends with its warm-up is the peak itself, whence the guard.
-            return half_cosine((unit - warmup) / (units - warmup) if units > warmup else 0.0, peak, self.final_lr)
+            held = max(warmup, self.hold * units)
+            return half_cosine((unit - held) / (units - held) if units > held else 0.0, peak, self.final_lr)
         if self.warmup_lr is None:
             climb = peak * (unit + 1) / (warmup + 1)
             left = (warmup - unit) / (units - warmup) if self.per_epoch and units > warmup else 0.0

@@ -49,6 +49,17 @@ def test_learning_rate_per_epoch_is_a_staircase() -> None:
     assert rate(1000) == pytest.approx(0.0, abs=1e-15)
 
 
+@pytest.mark.parametrize("per_epoch", [False, True])
+def test_a_rate_that_is_held_falls_in_the_rest_of_the_run(per_epoch: bool) -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, RUN, peak=0.12, final=0.02, warmup_epochs=3, hold=0.6, per_epoch=per_epoch)
+
+    assert rate(0) < 0.12 / 3 and rate(30) == rate(300) == rate(600) == 0.12
+    assert rate(800) == pytest.approx(0.07) and rate(1000) == pytest.approx(0.02)
+    within = learning_rate(500, RUN, peak=0.12, warmup_epochs=30, hold=0.1)
+    assert within == learning_rate(500, RUN, peak=0.12, warmup_epochs=30), "a warm-up that is longer comes first"
+
+
 def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, RUN, peak=0.03) == 0.03
 
