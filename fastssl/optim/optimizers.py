@@ -38,8 +38,7 @@ class OptimConfig:
         warmup_lr: rate of the very first step at the recipe's own batch, the last of the warm-up having the peak;
             None: a share of the peak. With another batch it follows as the peak does, see ``scaled``.
         final_lr: rate of the last step at the recipe's own batch; with another one it follows, too.
-        hold: share of the run at whose end the rate begins to fall; 0: at the end of the warm-up. Between the two it has
-            the peak.
+        hold: share of the run that ends when the rate begins to fall; 0: it falls from the end of the warm-up on.
         per_epoch: change the rate once an epoch, as MoCo and light-moco do, instead of every step.
         backbone_lr: the backbone's rate as a share of the head's, for weights that are to change less than the head,
             which begins at random.
@@ -77,15 +76,16 @@ class OptimConfig:
         return self.lr * (batch_size / self.lr_batch if self.lr_batch else 1.0)
 
     def rate(self, step: int, run: RunLength, batch_size: int) -> float:
-        """The learning rate at ``step`` (0 .. the run's steps) for ``batch_size`` samples a step: linear warm-up, the peak
-        as long as ``hold`` says, then half a cosine from the peak to ``final_lr``.
+        """The learning rate at ``step`` (0 .. the run's steps) for ``batch_size`` samples a step: linear warm-up, the
+        peak until ``hold``, then half a cosine from it to ``final_lr``.
 
         With W units of warm-up out of U, unit u < W has ``peak * (u + 1) / (W + 1)``: no step is spent at rate zero,
         and unit W is the first at the peak. With ``warmup_lr`` the warm-up is a line with both end points instead,
         ``warmup_lr`` at unit 0 and the peak at the last unit below W (DINO, SwAV, SSLight; where W is 1, the unit has
-        ``warmup_lr``). The cosine begins at unit W, or at hold x U if that is later, and reaches ``final_lr`` at u = U. A run no longer than its warm-up
-        only climbs. A unit is a step, or with ``per_epoch`` an epoch; an epoch's warm-up without ``warmup_lr`` is
-        also multiplied by the cosine continued to the left, as in light-moco's code (0.1 % and less).
+        ``warmup_lr``). The cosine begins at unit W, or at ``hold`` U if that is later, and reaches ``final_lr`` at
+        u = U. A run no longer than its warm-up only climbs. A unit is a step, or with ``per_epoch`` an epoch; an
+        epoch's warm-up without ``warmup_lr`` is also multiplied by the cosine continued to the left, as in light-moco's
+        code (0.1 % and less).
         """
         peak, warmup = self.peak_lr(batch_size), self.warmup_epochs
         if self.per_epoch:
