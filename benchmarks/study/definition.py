@@ -25,6 +25,7 @@ class Row:
         changes: keys of the recipe and their values.
         seeds: how many runs it has, with the seeds 0, 1, ...
         why: what explains a figure below that of raw pixels.
+        photos: one of the study's ``sets``, in place of the rendered views.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -35,6 +36,7 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     seeds: Annotated[int, Field(strict=True, ge=1, le=10)] = 3
     why: str = ""
+    photos: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """``photos``: rendered views of each place, for each part (``sample_set.build_sample_set``)."""
+    """``photos``: rendered views of each place, for each part (``sample_set.build_sample_set``). ``sets``: how many
+    photos other sets have, which whoever makes the runs has to bring.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     photos: dict[str, int]
     rows: dict[str, Row]
     claims: dict[str, Claim]
+    sets: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def order(self) -> list[tuple[str, int]]:
         """(row, seed) of all runs: claim by claim, and in each seed by seed, so that what is to be compared is made
@@ -85,7 +90,13 @@ def read_study(path: Path) -> Study:
         raise FastSSLError(f"{path}: a claim names {', '.join(unknown)}, which is no row")
     if idle := sorted(set(study.rows) - asked):
         raise FastSSLError(f"{path}: no claim asks for {', '.join(idle)}")
-    return replace(study, rows={name: _whole(name, study.rows, path) for name in study.rows})
+    rows = {name: _whole(name, study.rows, path) for name in study.rows}
+    if unknown := sorted({row.photos for row in rows.values()} - {"", *study.sets}):
+        raise FastSSLError(f"{path}: a row has photos of {', '.join(unknown)}, which is none of its sets")
+    for name, claim in study.claims.items():
+        if len({rows[one].photos for one in claim.names}) > 1:
+            raise FastSSLError(f"{path}: {name} compares rows with other photos")
+    return replace(study, rows=rows)
 
 
 def _whole(name: str, rows: dict[str, Row], path: Path, below: tuple[str, ...] = ()) -> Row:
@@ -94,7 +105,8 @@ def _whole(name: str, rows: dict[str, Row], path: Path, below: tuple[str, ...] =
         if row.like not in rows or row.like in (name, *below):
             raise FastSSLError(f"{path}: {name} is like {row.like}, which is no other row")
         base = _whole(row.like, rows, path, (name, *below))
-        row = replace(row, recipe=row.recipe or base.recipe, changes={**base.changes, **row.changes}, like="")
+        changes, photos = {**base.changes, **row.changes}, row.photos or base.photos
+        row = replace(row, recipe=row.recipe or base.recipe, changes=changes, photos=photos, like="")
     if not row.recipe:
         raise FastSSLError(f"{path}: {name} has no recipe")
     return row
@@ -111,4 +123,5 @@ def fingerprint(row: Row, folder: Path) -> str:
     """
     recipe = recipe_of(row, folder)
     content = [read_yaml(recipe) if isinstance(recipe, Path) else recipe, row.changes]
+    content += [row.photos] if row.photos else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

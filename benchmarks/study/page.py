@@ -137,8 +137,9 @@ def below_raw(row: Row, runs: Sequence[dict[str, Any]]) -> str:
     return f" ({len(below)} of {counted(len(runs), 'run')} below raw pixels: {row.why})"
 
 
-def references_table(runs: Runs) -> str:
-    """What there is to beat."""
+def references_table(study: Study, runs: Runs, photos: str = "") -> str:
+    """What there is to beat on the rendered views, or on one of the study's sets."""
+    runs = {(row, seed): run for (row, seed), run in runs.items() if study.rows[row].photos == photos}
     if not runs:
         return NOTHING
     any_probe = next(iter(runs.values()))["probe"]
@@ -194,12 +195,15 @@ def fill_page(text: str, study: Study, runs: Runs, folder: Path, beside: Path) -
     """
 
     def claim_figures(name: str, claim: Claim) -> str:
-        text = claim_table(study, claim, runs)
-        return text if text == NOTHING else f"{text}\n\n![kNN over the photos seen]({folder / name}.png)\n"
+        text, photos = claim_table(study, claim, runs), study.rows[claim.against].photos
+        if text == NOTHING:
+            return text
+        text = f"{references_table(study, runs, photos)}\n\n{text}" if photos else text
+        return f"{text}\n\n![kNN over the photos seen]({folder / name}.png)\n"
 
     tables: dict[str, Callable[[], str]] = {
         **{name: functools.partial(claim_figures, name, claim) for name, claim in study.claims.items()},
-        "references": lambda: references_table(runs),
+        "references": lambda: references_table(study, runs),
         "made": lambda: made(study, runs),
         "beside-lightly": lambda: beside_lightly.to_markdown(json.loads(beside.read_text())),
     }

@@ -3,8 +3,8 @@
     python -m fastssl.benchmarks.study.runs benchmarks/results/study/study.yaml --scratch /tmp/study --jobs 2
 
 Every run is a ``fastssl pretrain`` of its own on rendered views of the sample set's places, more of them than install
-with the package. Ctrl-C and SIGTERM save what is running; the same command goes on. A run whose row was changed since
-is made again.
+with the package, or on a set that ``--photos NAME=FOLDER`` brings. Ctrl-C and SIGTERM save what is running; the same
+command goes on. A run whose row was changed since is made again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from fastssl.benchmarks.study.definition import Row, Study, fingerprint, read_study, recipe_of
 from fastssl.data.sample_set import build_sample_set, places
-from fastssl.errors import FastSSLError
+from fastssl.errors import FastSSLError, counted
 from fastssl.report.run_record import TRAINED
 from fastssl.utils.json_text import read_json_records, to_json
 
@@ -43,34 +43,36 @@ def read_runs(study: Study, folder: Path) -> Runs:
     path = folder / RECORDS
     if not path.is_file():
         return {}
-    photos = {part: count * len(places()) for part, count in study.photos.items()}
+    rendered = {part: count * len(places()) for part, count in study.photos.items()}
+    photos = {name: study.sets[row.photos] if row.photos else rendered for name, row in study.rows.items()}
     now = {name: fingerprint(row, folder) for name, row in study.rows.items()}
     found: Runs = {}
     for where, record in read_json_records(path, "runs of a study"):
         if not isinstance(record, dict) or not {"row", "seed", "fingerprint", "photos"} <= set(record):
             raise FastSSLError(f"{where}: not a run of a study")
-        if now.get(record["row"]) == record["fingerprint"] and record["photos"] == photos:
-            found[record["row"], record["seed"]] = record
+        name = record["row"]
+        if now.get(name) == record["fingerprint"] and record["photos"] == photos[name]:
+            found[name, record["seed"]] = record
     return found
 
 
-def ensure_photos(study: Study, scratch: Path) -> dict[str, Path]:
-    """The study's views as ``.beton`` files, rendered once; the runs on them lie in the same folder."""
+def ensure_photos(study: Study, scratch: Path) -> Path:
+    """The folder of the study's views, train.beton and val.beton, rendered once; the runs on them lie there, too."""
     folder = scratch / ("places-" + "-".join(f"{part}-{count}" for part, count in study.photos.items()))
     if not folder.is_dir():
         building = folder.with_name(f"{folder.name}-building")
         building.mkdir(parents=True, exist_ok=True)
         build_sample_set(building, study.photos)
         building.rename(folder)
-    return {part: folder / f"{part}.beton" for part in study.photos}
+    return folder
 
 
 class Runner:
-    """Starts runs and, when asked to, stops them all."""
+    """Starts runs and, when asked to, stops them all. ``sets``: folders of other photos than the rendered ones."""
 
-    def __init__(self, study: Study, folder: Path, scratch: Path) -> None:
+    def __init__(self, study: Study, folder: Path, scratch: Path, sets: dict[str, Path]) -> None:
         self._study, self._folder, self._scratch = study, folder, scratch
-        self._photos = ensure_photos(study, scratch)
+        self._photos = {"": ensure_photos(study, scratch), **sets}
         self._running: set[subprocess.Popen] = set()
         self._lock, self._stopping = threading.RLock(), threading.Event()  # a second signal meets the first
 
@@ -92,7 +94,8 @@ class Runner:
             return None
         row = self._study.rows[name]
         mark = fingerprint(row, self._folder)
-        out = self._photos["train"].parent / f"{name}-{seed}-{mark}"
+        beside = self._scratch / row.photos if row.photos else self._photos[""]
+        out = beside / f"{name}-{seed}-{mark}"
         arguments = ["--seed", str(seed), "--device", "cpu", "--workers", "1"]
         for key, value in row.changes.items():
             arguments += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -103,8 +106,9 @@ class Runner:
         return {"row": name, "seed": seed, "fingerprint": mark, "command": command, **_record(out)}
 
     def _run(self, row: Row, out: Path, arguments: list[str]) -> bool:
-        files = ["--recipe", recipe_of(row, self._folder), "--data", self._photos["train"], "--out", out]
-        files += ["--val", self._photos["val"]]
+        photos = self._photos[row.photos]
+        files = ["--recipe", recipe_of(row, self._folder), "--data", photos / "train.beton", "--out", out]
+        files += ["--val", photos / "val.beton"]
         command = [sys.executable, "-m", "fastssl", "pretrain", *map(str, files), *arguments]
         out.mkdir(parents=True, exist_ok=True)
         with (out / "output.log").open("ab") as log:
@@ -160,11 +164,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the views and the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone")
+    parser.add_argument(
+        "--photos", nargs="+", default=[], metavar="NAME=FOLDER", help="train.beton, val.beton of a set"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds alone")
     chosen = parser.parse_args(arguments)
     study, folder = read_study(chosen.study), chosen.study.parent
     if unknown := set(chosen.only or ()) - set(study.rows):
         parser.error(f"--only {' '.join(sorted(unknown))}: no such row; there are {', '.join(study.rows)}")
+    sets = {name: Path(path) for name, _, path in (text.partition("=") for text in chosen.photos)}
+    for name, path in sets.items():
+        if name not in study.sets:
+            parser.error(f"--photos {name}: no such set; there are {', '.join(study.sets) or 'none'}")
+        for part in ("train", "val"):
+            if not (path / f"{part}.beton").is_file():
+                parser.error(f"--photos {name}={path}: there is no {part}.beton")
     done = read_runs(study, folder)
     left = [
         (name, seed)
@@ -174,9 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         and (chosen.seeds is None or seed in chosen.seeds)
     ]
     print(f"{len(done)} runs are on record, {len(left)} to make", flush=True)
+    for name in [name for name in study.sets if name not in sets]:
+        without = [one for one in left if study.rows[one[0]].photos == name]
+        left = [one for one in left if one not in without]
+        if without:
+            print(f"{counted(len(without), 'run')} left out: --photos {name}=FOLDER brings their photos", flush=True)
     if not left:
         return 0
-    runner, failed = Runner(study, folder, chosen.scratch), 0
+    runner, failed = Runner(study, folder, chosen.scratch, sets), 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: runner.stop())
     with ThreadPoolExecutor(chosen.jobs) as pool:

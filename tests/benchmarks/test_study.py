@@ -32,6 +32,7 @@ probe: {size: 16, crop: 1.0, every_epochs: 20, final_samples: 0}
 """
 STUDY = """
 photos: {train: 2, val: 2}
+sets: {hands: {train: 24, val: 12}}
 rows:
   plain: {words: plain, recipe: own.yaml, seeds: 2, why: five steps}
   warm: {words: warm, recipe: own.yaml, changes: {simclr.temperature: 0.5}, why: five steps}
@@ -77,6 +78,8 @@ def test_a_row_like_another(file: Path) -> None:
         ("words: warm, recipe: own.yaml", "words: warm, like: warm", "warm is like warm, which is no other row"),
         ("seeds: 2", "seeds: two", "seeds must be a whole number"),
         ("seeds: 2", "seeds: 0", "seeds must be at least 1"),
+        ("words: warm", "photos: feet, words: warm", "a row has photos of feet, which is none of its sets"),
+        ("words: warm", "photos: hands, words: warm", "first compares rows with other photos"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(file: Path, old: str, new: str, said: str) -> None:
@@ -105,6 +108,31 @@ def test_a_run_belongs_to_its_row_as_it_is_now(file: Path) -> None:
     file.write_text(STUDY)
     (folder / "own.yaml").write_text(RECIPE.replace("EPOCHS", "3"))
     assert not runs.read_runs(read_study(file), folder)
+
+
+def test_rows_on_photos_of_their_own(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(
+        STUDY.replace("claims:", "  held: {words: held, like: warm, photos: hands}\nclaims:").replace(
+            "{against: plain", "{against: held, rows: []}\n  second: {against: plain"
+        )
+    )
+    study, folder = read_study(file), file.parent
+    mark = fingerprint(study.rows["held"], folder)
+    assert mark != fingerprint(study.rows["warm"], folder)
+    lines = [run(40, 50, row="held", fingerprint=mark, photos={"train": 24, "val": val}) for val in (12, 13)]
+    lines += [
+        run(40, 50, 1, row="held", fingerprint=mark),
+        run(30, 40, fingerprint=fingerprint(study.rows["plain"], folder)),
+    ]
+    (folder / runs.RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = runs.read_runs(study, folder)
+    assert set(found) == {("held", 0), ("plain", 0)}
+    # Runs whose photos nobody brings are left out, and it is said.
+    assert runs.main([str(file), "--scratch", str(folder / "scratch"), "--only", "held"]) == 0
+    assert "2 runs left out: --photos hands=FOLDER brings their photos" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        runs.main([str(file), "--scratch", str(folder / "scratch"), "--photos", f"hands={folder}"])
+    assert f"--photos hands={folder}: there is no train.beton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "nothing", '{"row": "plain", "seed": 0}'])
