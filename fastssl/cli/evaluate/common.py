@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 COUNT: dict[str, Any] = {"type": click.IntRange(min=1)}
 POSITIVE: dict[str, Any] = {"type": click.FloatRange(min=0, min_open=True), "callback": finite}
 NOT_NEGATIVE: dict[str, Any] = {"type": click.FloatRange(min=0), "callback": finite}
-OF_FEATURES = ("size", "crop", "normalisation", "batch_size", "workers")
 PHOTOS: dict[str, Any] = {"type": SomePath(remote=True), "metavar": "FOLDER|TAR|FILE.beton|'PATTERN'"}
 
 
