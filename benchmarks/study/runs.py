@@ -101,7 +101,8 @@ class Runner:
             arguments += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         if not (out / "summary.json").is_file() and not self._run(row, out, arguments):
             return None
-        shown = f"--data train.beton --val val.beton --recipe {row.recipe} {shlex.join(arguments)}"
+        at = f"{row.photos}/" if row.photos else ""
+        shown = f"--data {at}train.beton --val {at}val.beton --recipe {row.recipe} {shlex.join(arguments)}"
         command = f"OMP_NUM_THREADS=1 fastssl pretrain {shown}"
         return {"row": name, "seed": seed, "fingerprint": mark, "command": command, **_record(out)}
 

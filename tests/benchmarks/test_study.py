@@ -127,6 +127,11 @@ def test_rows_on_photos_of_their_own(file: Path, capsys: pytest.CaptureFixture[s
     (folder / runs.RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = runs.read_runs(study, folder)
     assert set(found) == {("held", 0), ("plain", 0)}
+    # Each set has its own raw pixels to beat.
+    found["held", 0]["probe"] |= {name: {"knn": 7.0, "linear": 8.0} for name in (page.COLOUR, page.RANDOM)}
+    found["held", 0] |= {"arch": "lcnet_035"}
+    text = page.references_table(study, found, "hands")
+    assert "| lcnet_035, before training | 7.0 | 8.0 |" in text and "| raw pixels (16x16) | 20.0 | 30.0 |" in text
     # Runs whose photos nobody brings are left out, and it is said.
     assert runs.main([str(file), "--scratch", str(folder / "scratch"), "--only", "held"]) == 0
     assert "2 runs left out: --photos hands=FOLDER brings their photos" in capsys.readouterr().out
