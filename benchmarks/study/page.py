@@ -95,6 +95,15 @@ def verdict(differences: Sequence[float]) -> str:
     return "undecided"
 
 
+def faster(run: dict[str, Any], other: dict[str, Any]) -> str:
+    """The processor time of ``other`` in times that of ``run``; a dash where they were not made on one machine. Records
+    of before December 2026 do not name it: runs of one seed were then made side by side.
+    """
+    if run.get("machines") != other.get("machines"):
+        return "-"
+    return f"{other['cpu_seconds'] / run['cpu_seconds']:.2f}"
+
+
 def claim_table(study: Study, claim: Claim, runs: Runs) -> str:
     """What each row reached, and what it gained."""
     rows = []
@@ -116,7 +125,7 @@ def claim_table(study: Study, claim: Claim, runs: Runs) -> str:
             cells = [study.rows[name].words]
             cells += [f"{gain(differences)}: {verdict(differences)}" for differences in found]
             if claim.minutes:
-                cells.append(", ".join(f"{other['cpu_seconds'] / run['cpu_seconds']:.2f}" for run, other in pairs))
+                cells.append(", ".join(faster(run, other) for run, other in pairs))
             rows.append(cells)
     if rows:
         header = (f"gain over {study.rows[claim.against].words}", *KINDS.values(), "times as fast")

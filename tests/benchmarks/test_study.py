@@ -174,6 +174,17 @@ def table(study: Study, *some: dict) -> str:
     return page.claim_table(study, study.claims["first"], {(one["row"], one["seed"]): one for one in some})
 
 
+def test_times_are_compared_on_one_machine(file: Path) -> None:
+    file.write_text(STUDY.replace("rows: [warm]}", "rows: [warm], minutes: true}"))
+    study = read_study(file)
+    slow, fast = run(40, 50), run(40, 50, row="warm", cpu_seconds=80.0)
+    assert table(study, slow, fast).rstrip(" |\n").endswith("| 1.50")
+    here = {"machines": ["one"]}
+    assert table(study, slow | here, fast | here).rstrip(" |\n").endswith("| 1.50")
+    for other in ({"machines": ["two"]}, {"machines": ["one", "two"]}, {}):
+        assert table(study, slow | here, fast | other).rstrip(" |\n").endswith("| -")
+
+
 def test_the_table_of_a_claim(file: Path) -> None:
     study = read_study(file)
     assert table(study) == "No run has ended yet.\n"
@@ -230,7 +241,7 @@ def test_runs_are_made_stopped_gone_on_with_and_not_made_twice(file: Path, tmp_p
     found = runs.read_runs(read_study(file), tmp_path)
     assert set(found) == {("plain", 0), ("warm", 0)}
     for one in found.values():
-        assert one["starts"] == 2 and one["steps"] == 180 and one["cpu_seconds"] > 1
+        assert one["starts"] == 2 and one["steps"] == 180 and one["cpu_seconds"] > 1 and len(one["machines"]) == 1
         assert one["photos"] == {"train": 36, "val": 36} and len(one["loss"]) <= runs.POINTS
         assert set(one["probe"]) >= {"raw pixels (16x16)", "colour histogram", "random initialisation"}
     assert all("resumed at step" in log.read_text() for log in logs)
