@@ -6,13 +6,19 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from fastssl.data.sample_set import places
 from fastssl.errors import FastSSLError
 from fastssl.utils.settings import in_words
 from fastssl.utils.yaml_file import read_yaml
+
+#: Of a row, a claim or a set: folders, files and places of the page are called after them.
+Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
+#: How many to learn from and to judge by.
+Photos = Annotated[dict[Literal["train", "val"], Annotated[int, Field(strict=True, ge=1)]], Field(min_length=2)]
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,15 @@ class Study:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    photos: dict[str, int]
-    rows: dict[str, Row]
-    claims: dict[str, Claim]
-    sets: dict[str, dict[str, int]] = field(default_factory=dict)
+    photos: Photos
+    rows: dict[Name, Row]
+    claims: dict[Name, Claim]
+    sets: dict[Name, Photos] = field(default_factory=dict)
+
+    def photos_of(self, row: str) -> dict[str, int]:
+        """How many photos the runs of a row learn from (``train``), and are judged by (``val``)."""
+        name = self.rows[row].photos
+        return self.sets[name] if name else {part: count * len(places()) for part, count in self.photos.items()}
 
     def order(self) -> list[tuple[str, int]]:
         """(row, seed) of all runs: claim by claim, and in each seed by seed, so that what is to be compared is made

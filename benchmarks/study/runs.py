@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from fastssl.benchmarks.study.definition import Row, Study, fingerprint, read_study, recipe_of
-from fastssl.data.sample_set import build_sample_set, places
+from fastssl.data.sample_set import build_sample_set
 from fastssl.errors import FastSSLError, counted
+from fastssl.pipelines.beton.dataset import open_beton
 from fastssl.report.run_record import TRAINED
 from fastssl.utils.json_text import read_json_records, to_json
 
@@ -44,16 +45,17 @@ def read_runs(study: Study, folder: Path) -> Runs:
     path = folder / RECORDS
     if not path.is_file():
         return {}
-    rendered = {part: count * len(places()) for part, count in study.photos.items()}
-    photos = {name: study.sets[row.photos] if row.photos else rendered for name, row in study.rows.items()}
     now = {name: fingerprint(row, folder) for name, row in study.rows.items()}
     found: Runs = {}
     for where, record in read_json_records(path, "runs of a study"):
         if not isinstance(record, dict) or not {"row", "seed", "fingerprint", "photos"} <= set(record):
             raise FastSSLError(f"{where}: not a run of a study")
         name = record["row"]
-        if now.get(name) == record["fingerprint"] and record["photos"] == photos[name]:
-            found[name, record["seed"]] = record
+        if not isinstance(name, str) or not isinstance(seed := record["seed"], int):
+            raise FastSSLError(f"{where}: not a run of a study")
+        asked = now.get(name) == record["fingerprint"] and seed in range(study.rows[name].seeds)
+        if asked and record["photos"] == study.photos_of(name):
+            found[name, seed] = record
     return found
 
 
@@ -105,7 +107,11 @@ class Runner:
         at = f"{row.photos}/" if row.photos else ""
         shown = f"--data {at}train.beton --val {at}val.beton --recipe {row.recipe} {shlex.join(arguments)}"
         command = f"OMP_NUM_THREADS=1 fastssl pretrain {shown}"
-        return {"row": name, "seed": seed, "fingerprint": mark, "command": command, **_record(out)}
+        asked = {"row": name, "seed": seed, "fingerprint": mark, "command": command}
+        try:
+            return {**asked, "photos": self._study.photos_of(name), **_record(out)}
+        except (OSError, ValueError, LookupError) as error:
+            raise FastSSLError(f"{out}: damaged ({error}); delete it, and the run is made again") from error
 
     def _run(self, row: Row, out: Path, arguments: list[str]) -> bool:
         photos = self._photos[row.photos]
@@ -119,6 +125,8 @@ class Runner:
                     return False
                 # A process group of its own: Ctrl-C of a terminal would reach it beside `stop`, and twice ends it hard.
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                with (out / "cpu-seconds.txt").open("a") as file:  # a line a start, whole where its end was seen
+                    file.write(f"{_machine()} ")
                 options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True}
                 process = subprocess.Popen(command, env=environment, **options)
                 self._running.add(process)
@@ -126,8 +134,8 @@ class Runner:
             process.returncode = os.waitstatus_to_exitcode(status)
             with self._lock:
                 self._running.discard(process)
-        with (out / "cpu-seconds.txt").open("a") as file:  # a line a start: a run may have had several
-            file.write(f"{usage.ru_utime + usage.ru_stime:.1f} {_machine()}\n")
+        with (out / "cpu-seconds.txt").open("a") as file:
+            file.write(f"{usage.ru_utime + usage.ru_stime:.1f}\n")
         if process.returncode == 130 or (process.returncode and self.stopped):  # -15: before it could listen
             return False
         if process.returncode:
@@ -151,14 +159,13 @@ def _record(out: Path) -> dict[str, Any]:
     kept = ("arch", "epochs", "steps", "samples_seen", "train_seconds", "total_seconds", "pair_per_s")
     return {
         **{name: summary[name] for name in kept},
-        "cpu_seconds": round(sum(float(seconds) for seconds, _ in starts), 1),
+        "cpu_seconds": round(sum(float(seconds) for _, seconds in starts), 1),
         "starts": len(starts),
-        "machines": sorted({machine for _, machine in starts}),
+        "machines": sorted({machine for machine, _ in starts}),
         "batch_size": round(summary["samples_seen"] / summary["steps"]),
         "probe": {
             row["name"]: {kind: round(row[kind], 2) for kind in ("knn", "linear")} for row in summary["probe"]["rows"]
         },
-        "photos": {"train": summary["probe"]["train_samples"], "val": summary["probe"]["val_samples"]},
         "knn": [(line["step"], round(line["knn"], 2)) for line in lines if line["kind"] == "probe" and line["knn"]],
         "loss": [(line["step"], round(line["loss"], 4)) for line in thinned],
         "spread": [(line["step"], round(line["embedding_std"], 3)) for line in thinned],
@@ -178,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="these seeds alone")
     chosen = parser.parse_args(arguments)
+    if chosen.jobs < 1:
+        parser.error(f"--jobs {chosen.jobs}: one at least")
     study, folder = read_study(chosen.study), chosen.study.parent
     if unknown := set(chosen.only or ()) - set(study.rows):
         parser.error(f"--only {' '.join(sorted(unknown))}: no such row; there are {', '.join(study.rows)}")
@@ -186,8 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in study.sets:
             parser.error(f"--photos {name}: no such set; there are {', '.join(study.sets) or 'none'}")
         for part in ("train", "val"):
-            if not (path / f"{part}.beton").is_file():
+            if not (file := path / f"{part}.beton").is_file():
                 parser.error(f"--photos {name}={path}: there is no {part}.beton")
+            with open_beton(file) as reader:
+                if len(reader) != (wanted := study.sets[name][part]):
+                    parser.error(f"{file}: {counted(len(reader), 'photo')}, where the study has {wanted:,}")
     done = read_runs(study, folder)
     left = [
         (name, seed)

@@ -62,9 +62,10 @@ def describe(estimate: dict[str, Any]) -> list[str]:
     sizes = ", ".join(str(step["batch_size"]) for step in result.measured["step"])
     online = f"{counted(result.probes, 'online probe')} of {_time(result.probe_s)}, " if result.probes else ""
     extrapolated = f" Extrapolated: {'; '.join(result.extrapolated)}." if result.extrapolated else ""
+    small = f" ({result.small_epochs} with small views)" if result.small_epochs else ""
     return [
         f"One epoch: {most}{_time(result.epoch_s)} ({steps} of {result.batch_size:,}). "
-        f"{counted(result.epochs, 'epoch')}: {_time(result.run_s)} on this {'CPU' if on_cpu else 'GPU'}, "
+        f"{counted(result.epochs, 'epoch')}{small}: {_time(result.run_s)} on this {'CPU' if on_cpu else 'GPU'}, "
         f"{_number(result.device_hours)} {'device hours' if on_cpu else 'GPU-hours'}.",
         _limit(result),
         f"Memory: {_bytes(result.memory_bytes)} at the peak of a step (networks, queue, optimiser "

@@ -146,7 +146,7 @@ class ProgressiveConfig:
     FastDINOv2 (Zhang et al., arXiv 2507.03779).
 
     Attributes:
-        epochs: the share of the epochs, from the first one on, with small views; 0: none.
+        epochs: the share of the epochs, from the first one on, with small views, but never the last one; 0: none.
         size: their sides as a share of the views', see ``pipelines.plan.multicrop.smaller``.
     """
 
@@ -206,11 +206,13 @@ class Recipe:
             )
         if self.progressive.epochs and self.settings.view_epochs:
             raise ValueError("progressive makes other views; distill.cache_epochs keeps those of the first epochs")
+        if self.progressive.epochs and sizes == {spec.size for spec in smaller(self.views, self.progressive.size)}:
+            raise ValueError(f"progressive.size={self.progressive.size:g} leaves the views as they are; give less")
 
     @property
     def small_epochs(self) -> int:
         """How many epochs, from the first one on, have small views."""
-        return round(self.progressive.epochs * self.train.epochs)
+        return min(round(self.progressive.epochs * self.train.epochs), self.train.epochs - 1)
 
     def views_at(self, epoch: int) -> list[ViewSpec] | MultiCrop:
         """The views of an epoch: of the same kind and number as ``views``."""

@@ -177,6 +177,8 @@ class Setup:
         if small := self.recipe.small_epochs:
             sizes = " + ".join(f"{spec.size}" for spec in self.recipe.views_at(0))
             views += f" ({sizes} px in the first {counted(small, 'epoch')})"
+        elif share := self.recipe.progressive.epochs:
+            views += f" (in all epochs: of so few, progressive.epochs={share:g} is none)"
         epochs, steps = counted(self.recipe.train.epochs, "epoch"), counted(self.length.steps_per_epoch, "step")
         return [
             f"recipe {self.options.recipe_name}, {photos}, {self._machine()}, views {views}",

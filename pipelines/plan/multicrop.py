@@ -132,10 +132,12 @@ class MultiCrop(Sequence[ViewSpec]):
 
 
 def smaller(views: list[ViewSpec] | MultiCrop, share: float) -> list[ViewSpec] | MultiCrop:
-    """The same views with sides of ``share`` of theirs, to the nearest 8 pixels; the blur shrinks with them."""
+    """The same views with sides of ``share`` of theirs, to the nearest 8 pixels; the blur shrinks with them. Sides that
+    would not be smaller stay as they are.
+    """
 
     def side(size: int) -> int:
-        return max(8, 8 * round(size * share / 8))
+        return min(size, max(8, 8 * round(size * share / 8)))
 
     def sharper(sigma: Sequence[float]) -> tuple[float, float]:
         return sigma[0], max(sigma[0], sigma[1] * share)

@@ -334,7 +334,7 @@ def test_epochs_of_small_views_are_counted_by_their_own_steps(beton: Path, monke
     recipe = tiny(probe__every_epochs="0", progressive__epochs="0.6")  # three of five epochs, a quarter of the time
     found = SimpleNamespace(**run(recipe, "small", beton, workers=1, seconds=6))
     epochs = (found.run_s - found.final_probe_s) / found.epoch_s
-    assert epochs == pytest.approx(2 + 3 / 4, abs=0.3)
+    assert epochs == pytest.approx(2 + 3 / 4, abs=0.3) and found.small_epochs == 3
 
 
 def test_the_largest_batch_goes_with_the_recipes_parts() -> None:

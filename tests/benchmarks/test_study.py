@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import jpeg_bytes, make_photo
 from scipy import stats
 
 import fastssl.benchmarks
 from fastssl.benchmarks.study import page, runs
 from fastssl.benchmarks.study.definition import Study, fingerprint, read_study
 from fastssl.errors import FastSSLError
+from fastssl.pipelines.beton.writer import BetonWriter
 
 ROOT = Path(fastssl.benchmarks.__path__[0]).resolve().parent
 FOLDER = ROOT / "benchmarks" / "results" / "study"
@@ -138,6 +140,16 @@ def test_rows_on_photos_of_their_own(file: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         runs.main([str(file), "--scratch", str(folder / "scratch"), "--photos", f"hands={folder}"])
     assert f"--photos hands={folder}: there is no train.beton" in capsys.readouterr().err
+    # Photos of another number than the study's would make runs that are none of it.
+    for part in ("train", "val"):
+        with BetonWriter(folder / f"{part}.beton", 1) as writer:
+            writer.add(jpeg_bytes(make_photo(0, 16, 16)), 16, 16, 0)
+    with pytest.raises(SystemExit):
+        runs.main([str(file), "--scratch", str(folder / "scratch"), "--photos", f"hands={folder}"])
+    assert "train.beton: 1 photo, where the study has 24" in capsys.readouterr().err
+    # Nor is a seed that it does not ask for, or no more.
+    (folder / runs.RECORDS).write_text(json.dumps({**lines[0], "seed": 7}) + "\n")
+    assert not runs.read_runs(study, folder)
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "nothing", '{"row": "plain", "seed": 0}'])

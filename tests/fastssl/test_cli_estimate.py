@@ -45,6 +45,7 @@ MADE = dict(
     epoch_s=91500.0,
     run_s=18300000.0,
     device_hours=5083.3,
+    small_epochs=0,
     probes=39,
     probe_s=80.0,
     final_probe_s=1600.0,
@@ -164,6 +165,7 @@ def test_words_that_a_person_understands():
 
 def test_what_would_fit_instead():
     big = dict(MADE, fits=False, largest_batch=128, fitting_accumulate=4)
+    assert "100 epochs (75 with small views): " in describe({**big, "epochs": 100, "small_epochs": 75})[0]
     assert describe(big)[3] == "The batch of 512 does not fit; --batch-size 128 or --set train.accumulate=4 does."
     lean = dict(big, recomputed_bytes=10 * 2**30)
     same = "--set train.checkpoint=true (10.0 GiB, the same steps) or "

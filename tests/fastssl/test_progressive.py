@@ -30,6 +30,8 @@ def test_smaller_views_are_the_same_in_all_but_size_and_blur() -> None:
     (found,) = smaller(views, 0.5)
     assert found == ViewSpec(size=112, count=2, area=(0.2, 1.0), blur_sigma=(0.1, 1.0), hue=0.1)
     assert [smaller([ViewSpec(size=size, count=2)], 0.5)[0].size for size in (8, 20, 44, 96)] == [8, 8, 24, 48]
+    # Never larger than they are.
+    assert [smaller([ViewSpec(size=size, count=2)], 0.95)[0].size for size in (4, 30, 224)] == [4, 30, 216]
     assert smaller([ViewSpec(size=32, count=2, blur_sigma=(0.4, 0.5))], 0.5)[0].blur_sigma == (0.4, 0.4)
 
 
@@ -46,11 +48,16 @@ def test_the_epoch_decides() -> None:
     recipe = small("train.epochs=8", "progressive.epochs=0.75", "progressive.size=0.5")
     assert [recipe.views_at(epoch)[0].size for epoch in range(8)] == [16] * 6 + [32] * 2
     assert small().small_epochs == 0 and small().views_at(0)[0].size == 32
+    # The last epoch is always one of full views.
+    few = [small(f"train.epochs={epochs}", "progressive.epochs=0.9").small_epochs for epochs in (1, 2, 3, 10)]
+    assert few == [0, 1, 2, 9]
 
 
 def test_what_cannot_be() -> None:
     with pytest.raises(FastSSLError, match=r"progressive\.size"):
         small("progressive.size=1.0")
+    with pytest.raises(FastSSLError, match=r"progressive\.size=0\.95 leaves the views as they are"):
+        small("progressive.epochs=0.5", "progressive.size=0.95")
     with pytest.raises(FastSSLError, match=r"progressive makes other views"):
         load_recipe("distill-few-photos", {"progressive.epochs": "0.5"})
     with pytest.raises(FastSSLError, match=r"progressive\.size=0\.5: vit_tiny cannot take pictures of 56 px; ch"):
