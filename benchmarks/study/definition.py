@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -17,8 +17,9 @@ from fastssl.utils.yaml_file import read_yaml
 
 #: Of a row, a claim or a set: folders, files and places of the page are called after them.
 Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
+Part = Annotated[str, Field(pattern=r"^(train|val)$")]
 #: How many to learn from and to judge by.
-Photos = Annotated[dict[Literal["train", "val"], Annotated[int, Field(strict=True, ge=1)]], Field(min_length=2)]
+Photos = Annotated[dict[Part, Annotated[int, Field(strict=True, ge=1)]], Field(min_length=2)]
 
 
 @dataclass(frozen=True)
